@@ -1,0 +1,1 @@
+"""Launch ranks, time them, verify every timed output, record."""

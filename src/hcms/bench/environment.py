@@ -1,0 +1,92 @@
+"""What explains a run: commit, hardware, link, versions and an allow-list of variables, never all of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hcms.hardware import Hardware
+
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_P2P_DISABLE",
+    "NCCL_MAX_P2P_NCHANNELS",
+    "NCCL_NVLS_ENABLE",
+    "NCCL_ALGO",
+    "NCCL_PROTO",
+    "OMP_NUM_THREADS",
+    "TORCH_NCCL_HIGH_PRIORITY",
+)
+PACKAGES = (
+    "hcms",
+    "torch",
+    "numpy",
+    "hydra-core",
+    "diffusers",
+    "deepspeed",
+    "flash-attn",
+    "sageattention",
+    "yunchang",
+    "flashinfer-python",
+)
+
+
+def _git(*args: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
+    """The contents of `env.json`. `device` is cpu or cuda; torch is imported for cuda alone."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    facts: dict[str, Any] = {
+        # A copy of the tree without its history, as on a machine that gets only files, is told its commit.
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("HCMS_COMMIT"),
+        # Only tracked files can differ from the commit: new figures and records do not change what was measured.
+        "dirty": None if status is None else bool(status),
+        "hardware": asdict(hardware),
+        "link": link,
+        "python": sys.version.split()[0],
+        "versions": _versions(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    facts["torch"] = facts["versions"].get("torch")
+    facts["cuda"] = facts["driver"] = facts["nccl"] = None
+    if device == "cuda":
+        import torch
+
+        facts["cuda"] = torch.version.cuda
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
+        facts["driver"] = _driver()
+    return facts
+
+
+def _driver() -> str | None:
+    info = Path("/proc/driver/nvidia/version")
+    if not info.exists():
+        return None
+    words = info.read_text().split()
+    return next((w for w in words if w[0].isdigit() and w.count(".") >= 1), None)
