@@ -1,0 +1,44 @@
+"""What a folder or the hub holds of a pipeline, told before anything is loaded. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+PARTS = ("transformer", "vae", "text_encoder")
+
+
+def refusal(folder: Path) -> str | None:
+    """Why a folder holds no pipeline that could be loaded; None if it looks whole."""
+    if not (folder / "model_index.json").is_file():
+        return "no model_index.json there; give a folder that a pipeline's save_pretrained wrote"
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except ValueError:
+        index = None
+    if not isinstance(index, dict) or "_class_name" not in index:
+        return "its model_index.json does not say which pipeline it is"
+    for part in PARTS:
+        if not any((folder / part).glob("*.safetensors")) and not any((folder / part).glob("*.bin")):
+            return f"{part}/ holds no weights (*.safetensors)"
+        if not (folder / part / "config.json").is_file():
+            return f"{part}/ holds no config.json"
+    return None
+
+
+def hub_refusal(name: str) -> str | None:
+    """Why the hub does not give a pipeline of that name, in a few words; asks the local cache first, then once."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "model_index.json"), str):
+        return None
+    asked = Request(f"{constants.ENDPOINT}/{name}/resolve/main/model_index.json", method="HEAD")
+    try:
+        urlopen(asked, timeout=10).close()
+    except HTTPError as error:
+        return f"{error.code} {error.reason}"
+    except OSError as error:
+        return str(getattr(error, "reason", error))
+    return None
