@@ -1,0 +1,173 @@
+"""The parts of the README that are written by the records: results, figure index, comparison, hardware.
+
+Each stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`; NAME is a key of `BLOCKS`. What lies outside the
+markers is never touched.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from hcms.bench.config import UsageError
+from hcms.report import ROOT
+from hcms.report.load import committed_folders, environment, hardware_name, records
+from hcms.report.tables import to_markdown
+
+NOT_YET = "not run yet"
+RESULTS_LEAVE_OUT = ("on", "n")  # of Table 1's columns: the README has room for the rest
+_MARKED = re.compile(r"(<!-- begin:([\w-]+) -->\n)(.*?)(<!-- end:\2 -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One `conf/exp/<name>.yaml`: its command and what it shows, from the comments at its top."""
+
+    name: str
+    command: str
+    what: str
+
+    @property
+    def label(self) -> str:
+        """`Figure 3`, `Table 1`, or the name."""
+        match = re.fullmatch(r"(fig|table)(\d+)", self.name)
+        return f"{'Figure' if match[1] == 'fig' else 'Table'} {match[2]}" if match else self.name
+
+
+def experiments(root: Path = ROOT) -> list[Experiment]:
+    """The experiments: figures first, then tables, then the others, each by number."""
+    found = []
+    for path in sorted((root / "conf" / "exp").glob("*.yaml")):
+        comments = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and line[2] != "@"]
+        command = next(
+            (line for line in comments if line.startswith("python")), f"python experiments/run.py +exp={path.stem}"
+        )
+        what = next((line for line in comments if not line.startswith("python")), "")
+        what = re.sub(r"^(?:Figure|Table) \d+: ", "", what)
+        found.append(Experiment(path.stem, command, what[:1].upper() + what[1:]))
+
+    def place(experiment: Experiment) -> tuple[int, int, str]:
+        match = re.fullmatch(r"(fig|table)(\d+)", experiment.name)
+        return (["fig", "table"].index(match[1]), int(match[2]), "") if match else (2, 0, experiment.name)
+
+    return sorted(found, key=place)
+
+
+def results(root: Path = ROOT) -> str:
+    """The claims against ours, from `paper_tables/table1.csv`; the claims alone while nothing was run."""
+    table = root / "paper_tables" / "table1.csv"
+    if table.is_file():
+        shown = pd.read_csv(table, dtype=str, keep_default_na=False)
+        shown = shown[[column for column in shown.columns if column not in RESULTS_LEAVE_OUT]]
+        # pandas names the column that has no name
+        text = to_markdown(shown.rename(columns=lambda column: "" if column.startswith("Unnamed:") else column))
+        return f"{text}\nWhere, how often, and by which rule: [Table 1](paper_tables/table1.md).\n"
+    claims = root / "paper_tables" / "claims.csv"
+    if not claims.is_file():
+        return f"No claims: {claims.relative_to(root)} is missing.\n"
+    with claims.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return to_markdown(pd.DataFrame([{"": row[0], "claim": row[1], "paper": row[2], "ours": NOT_YET} for row in rows]))
+
+
+def figures(root: Path = ROOT) -> str:
+    """Figure or table, its command, how long that took and where, and the file that it ends in."""
+    rows = []
+    for experiment in experiments(root):
+        if experiment.label == experiment.name:  # advice and calibration draw nothing
+            continue
+        files = [
+            f"figures/{experiment.name}.pdf",
+            f"figures/{experiment.name}.png",
+            f"paper_tables/{experiment.name}.md",
+        ]
+        there = [f"[{Path(file).name}]({file})" for file in files if (root / file).is_file()]
+        notebook = f"notebooks/{experiment.name}.ipynb"
+        if (root / notebook).is_file():
+            there.append(f"[notebook]({notebook})")
+        rows.append(
+            {
+                "": experiment.label,
+                "what": experiment.what,
+                "command": f"`{experiment.command}`",
+                "time": _time(experiment.name, root),
+                "file": ", ".join(there) or NOT_YET,
+            }
+        )
+    return to_markdown(pd.DataFrame(rows))
+
+
+def comparison(root: Path = ROOT) -> str:
+    """Peers beside ours: `paper_tables/table5.md`."""
+    table = root / "paper_tables" / "table5.md"
+    return table.read_text(encoding="utf-8") if table.is_file() else f"Table 5: {NOT_YET}.\n"
+
+
+def hardware(root: Path = ROOT) -> str:
+    """The hardware with committed reference runs, a row each."""
+    rows = []
+    for slug in sorted(path.name for path in (root / "paper_tables" / "records").glob("*") if path.is_dir()):
+        folders = sorted((root / "paper_tables" / "records" / slug).glob("*/records.jsonl"))
+        if not folders:
+            continue
+        envs = [environment(file.parent) for file in folders]
+        ranks = sorted({int(r) for file in folders for r in records(file)["world_size"].dropna().unique()})
+        rows.append(
+            {
+                "hardware": hardware_name(folders[0].parent),
+                "link": ", ".join(sorted({str(e["link"]) for e in envs if e.get("link")})),
+                "ranks": ", ".join(map(str, ranks)),
+                "experiments": ", ".join(
+                    f"[{f.parent.name}]({f.parent.relative_to(root).as_posix()})" for f in folders
+                ),
+                "commit": ", ".join(sorted({str(e.get("commit"))[:9] for e in envs})),
+            }
+        )
+    return to_markdown(pd.DataFrame(rows)) if rows else f"No committed records: {NOT_YET}.\n"
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "results": results,
+    "figures": figures,
+    "comparison": comparison,
+    "hardware": hardware,
+}
+
+
+def updated(text: str, root: Path = ROOT) -> str:
+    """`text` with every marked part written anew.
+
+    Raises:
+        UsageError: a marker without its counterpart, an unknown name, or no marker at all.
+    """
+    begins, ends = re.findall(r"<!-- begin:([\w-]+) -->", text), re.findall(r"<!-- end:([\w-]+) -->", text)
+    if begins != ends:
+        raise UsageError(f"README markers do not pair up: begin {begins}, end {ends}")
+    unknown = sorted(set(begins) - set(BLOCKS))
+    if unknown or not begins:
+        raise UsageError(f"README markers {unknown or 'are missing'}: known are {', '.join(BLOCKS)}")
+    return _MARKED.sub(lambda match: f"{match[1]}{BLOCKS[match[2]](root).strip()}\n{match[4]}", text)
+
+
+def _time(exp: str, root: Path) -> str:
+    """How long the committed runs took: `2 min 41 s (2-core CPU)`, the hardware named where there are several."""
+    taken = {}
+    for folder in committed_folders(exp, root).values():
+        wall_s = environment(folder).get("wall_s")
+        if wall_s is not None:
+            taken[hardware_name(folder)] = _duration(float(wall_s))
+    if not taken:
+        return "–" if committed_folders(exp, root) else NOT_YET
+    if len(taken) == 1:
+        return next(iter(taken.values()))
+    return "; ".join(f"{time} ({name})" for name, time in taken.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

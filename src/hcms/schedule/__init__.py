@@ -1,0 +1,1 @@
+"""Schedules, plans and their prices. Pure Python: nothing here imports torch."""

@@ -1,0 +1,169 @@
+"""Advice for a GPU that is not at hand: is HCMS worth it there, with which cut, and how sure is that?
+
+The verdict's rule, by the communication ratio rho of Ulysses (the paper's marks: 10 and 20 %) and the interval of the
+predicted gain over the faster of `ulysses` and `ulysses-packed`:
+
+1. the interval's upper end below 1 %: do not;
+2. rho of 20 % or more, and the lower end 1 % or more: use it;
+3. rho between 10 and 20 %, and the lower end 5 % or more: use it;
+4. otherwise: little to gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+
+from hcms.schedule.catalogue import SPREAD, Gpu
+from hcms.schedule.choose import Choice, choose
+from hcms.schedule.cost import Workload, WorkloadCosts, predict
+from hcms.schedule.schedule import Schedule, ring, serial
+
+USE, LITTLE, DO_NOT = "use it", "little to gain", "do not"
+RANKS_ON_PAPER = (16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Predictions for one layer on one GPU type and link.
+
+    Args:
+        gpu, link, kernel: what was asked about.
+        workload: the layer, ranks included.
+        comm_ratio: rho, copies and latency included; `wire_ratio` is that of bytes over bandwidth alone.
+        choice: the best chunked plan, whether or not it pays.
+        ulysses_ms, ulysses_packed_ms, ring_ms, hcms_ms: predicted latencies of the layer.
+        gain, gain_low, gain_high: of HCMS over the faster Ulysses. The ends vary attention's rate and the link's
+            bandwidth by 10 % or the catalogue's ranges, and the slowdown by its range: the lower end with the plan as
+            it is, the upper end also with the plan that would suit best there.
+        verdict: `use it`, `little to gain` or `do not`.
+        assumed: inputs that nobody published.
+    """
+
+    gpu: Gpu
+    link: str
+    kernel: str
+    workload: Workload
+    comm_ratio: float
+    wire_ratio: float
+    choice: Choice
+    ulysses_ms: float
+    ulysses_packed_ms: float
+    ring_ms: float
+    hcms_ms: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    verdict: str
+    assumed: tuple[str, ...]
+
+    @property
+    def fastest(self) -> str:
+        """The method of least predicted latency."""
+        predicted = {
+            "ulysses": min(self.ulysses_ms, self.ulysses_packed_ms),
+            "hcms": self.hcms_ms,
+            "ring": self.ring_ms,
+        }
+        return min(predicted, key=lambda method: predicted[method])
+
+
+def advise(
+    gpu: Gpu, workload: Workload, *, kernel: str | None = None, link: str | None = None, network: str | None = None
+) -> Advice:
+    """Predict one layer on one GPU type.
+
+    Raises:
+        ValueError: a kernel, link or network that the catalogue does not know for this GPU, or more ranks than a link
+            without a network connects.
+    """
+    kernel = kernel or gpu.kernel
+    link = link or next(iter(gpu.links))
+    costs = WorkloadCosts(gpu.profile(kernel=kernel, link=link, network=network), workload)
+    heads, ranks, M = workload.heads, workload.ranks, workload.heads_a_rank
+    choice = choose(costs, heads, ranks, margin=-1.0)
+    hcms = choice.schedule()
+
+    def varied(tflops: float, gbps: float, slowdown: float) -> WorkloadCosts:
+        profile = gpu.profile(
+            kernel=kernel,
+            link=link,
+            network=network,
+            attention_tflops=tflops,
+            alltoall_gbps=gbps,
+            attention_slowdown=slowdown,
+        )
+        return WorkloadCosts(profile, workload)
+
+    wire = gpu.links[link]
+    tflops, gbps = gpu.attention_tflops[kernel].spread(SPREAD), wire.alltoall_gbps.spread(SPREAD)
+    slowdown = wire.attention_slowdown.spread(0.0)
+    gain = _gain(costs, hcms, M)
+    gains = [gain, *(_gain(varied(*ends), hcms, M) for ends in product(tflops, gbps, slowdown))]
+    # Where communication weighs most and disturbs least, another plan may suit better.
+    gains.append(choose(varied(tflops[1], gbps[0], slowdown[0]), heads, ranks, margin=-1.0).gain)
+    assumed = costs.profile.assumed
+    if ranks > wire.ranks:
+        assumed += gpu.network_assumptions(network)
+    return Advice(
+        gpu=gpu,
+        link=link,
+        kernel=kernel,
+        workload=workload,
+        comm_ratio=costs.comm_ratio,
+        wire_ratio=costs.wire_ratio,
+        choice=choice,
+        ulysses_ms=predict(serial((M,), split_qkv=True), costs).duration_ms,
+        ulysses_packed_ms=predict(serial((M,)), costs).duration_ms,
+        ring_ms=predict(ring(ranks), costs).duration_ms,
+        hcms_ms=predict(hcms, costs).duration_ms,
+        gain=gain,
+        gain_low=min(gains),
+        gain_high=max(gains),
+        verdict=verdict(costs.comm_ratio, min(gains), max(gains)),
+        assumed=assumed,
+    )
+
+
+def verdict(comm_ratio: float, gain_low: float, gain_high: float) -> str:
+    """The rule at the top of this module."""
+    if gain_high < 0.01:
+        return DO_NOT
+    if (comm_ratio >= 0.20 and gain_low >= 0.01) or (comm_ratio >= 0.10 and gain_low >= 0.05):
+        return USE
+    return LITTLE
+
+
+def scale(
+    gpu: Gpu,
+    *,
+    seq_len: int,
+    heads: int,
+    ranks: Iterable[int] = RANKS_ON_PAPER,
+    head_dim: int = 128,
+    batch: int = 1,
+    kernel: str | None = None,
+    network: str | None = None,
+) -> dict[int, Advice | str]:
+    """Predictions for many ranks over two link levels: the GPU's own inside a node, a network between nodes.
+
+    Assumed: one adapter a GPU; traffic inside a node and between nodes flows at the same time, so that the slower of
+    both decides; no contention between nodes; a ring's slowest hop is one between nodes. Each rank count that the heads
+    or tokens do not permit maps to the reason in words, as HCMS and Ulysses then need another split besides.
+    """
+    results: dict[int, Advice | str] = {}
+    for count in ranks:
+        try:
+            workload = Workload(seq_len, heads, count, head_dim, batch)
+        except ValueError as error:
+            results[count] = str(error)
+        else:
+            results[count] = advise(gpu, workload, kernel=kernel, network=network)
+    return results
+
+
+def _gain(costs: WorkloadCosts, hcms: Schedule, M: int) -> float:
+    """Of a schedule over the faster Ulysses."""
+    baseline_ms = min(predict(serial((M,), split_qkv=split), costs).duration_ms for split in (True, False))
+    return baseline_ms / predict(hcms, costs).duration_ms - 1

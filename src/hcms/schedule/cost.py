@@ -1,0 +1,227 @@
+"""What each operation of a schedule costs: a profile's costs by size, applied to one workload.
+
+The sizes, for a chunk of m heads a rank (B batch, S whole sequence, L = S/P, N all heads, M = N/P, H head dim, P ranks,
+e bytes an element):
+
+- an exchange of t tensors sends t·B·L·m·H·e to each of P - 1 peers, after packing t·B·S·m·H·e; a return sends the same
+  for t = 1 and copies what arrives into its place;
+- on a CPU the issuing thread packs (`host_ms`), the link works by itself (`lane_ms`), and the thread unpacks when it
+  first waits (`finish_ms`): exchanges of several heads, which are copied heads first, and returns;
+- on a GPU packing, link and unpacking follow each other on the communication lane, exchanges are used as they lie, and
+  the host only launches;
+- a ring's rotation sends K and V, 2·B·L·N·H·e; its step attends L x L over N heads and merges in float32.
+
+Communication and attention slow each other down where a schedule overlaps them. Of the profile's two factors each
+lane gets the share of its time that the other can cover: attention takes
+`1 + (slowdown - 1) · min(1, T_comm / T_attention)` times as long, communication the same the other way round, whatever
+the cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from hcms.schedule.profile import AttendPoint, Level, Profile, fit, load
+from hcms.schedule.schedule import COMM, COMM_OUT, Op, Schedule, ring, serial
+from hcms.schedule.simulate import Costs, OpCost, simulate
+from hcms.schedule.timeline import Span, Timeline
+
+__all__ = [
+    "AttendPoint",
+    "Costs",
+    "IdealCosts",
+    "Level",
+    "Profile",
+    "Workload",
+    "WorkloadCosts",
+    "fit",
+    "load",
+    "predict",
+]
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One attention layer over all ranks: S tokens, N heads of H, spread over P ranks.
+
+    Raises:
+        ValueError: ranks that do not divide the heads or the tokens, or a dtype of unknown size.
+    """
+
+    seq_len: int
+    heads: int
+    ranks: int
+    head_dim: int = 128
+    batch: int = 1
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.heads % self.ranks:
+            raise ValueError(f"{self.heads} heads cannot be divided among {self.ranks} ranks")
+        if self.seq_len % self.ranks:
+            raise ValueError(f"{self.seq_len} tokens cannot be divided among {self.ranks} ranks")
+        if self.dtype not in ITEMSIZE:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(ITEMSIZE)}")
+
+    @property
+    def heads_a_rank(self) -> int:
+        return self.heads // self.ranks
+
+    def tensor_bytes(self, heads_a_rank: int) -> int:
+        """One tensor's share of this rank, for a chunk of so many heads: as many bytes before as after an exchange."""
+        return self.batch * self.seq_len * heads_a_rank * self.head_dim * ITEMSIZE[self.dtype]
+
+    def off_rank(self, nbytes: float) -> float:
+        """The part of `nbytes` that an all-to-all sends to other ranks."""
+        return nbytes * (self.ranks - 1) / self.ranks
+
+
+class WorkloadCosts:
+    """The `Costs` of one workload on the ranks of one profile. Any kind of Schedule."""
+
+    def __init__(self, profile: Profile, workload: Workload) -> None:
+        self.profile = profile
+        self.workload = workload
+        self._known: dict[tuple[str, int, str, bool, bool], OpCost] = {}
+
+    @property
+    def host_computes(self) -> bool:
+        return self.profile.device == "cpu"
+
+    @property
+    def ports(self) -> int:
+        return self.profile.ports
+
+    def op_cost(self, op: Op, schedule: Schedule) -> OpCost:
+        """Price one operation of `schedule`, whose cut adds up to this workload's M (or which is a ring)."""
+        in_ring = schedule.name == "ring"
+        size = min(op.chunk, 1) if in_ring else schedule.cut[op.chunk]  # a ring's steps are alike but for the first
+        # One chunk on two lanes has nothing to overlap with.
+        contends = schedule.overlaps and len(schedule.cut) > 1
+        key = (op.kind, size, op.tensors, in_ring, contends)
+        if key not in self._known:
+            cost = self._ring_cost(op) if in_ring else self._chunk_cost(op, size)
+            if contends:
+                cost = replace(cost, lane_ms=cost.lane_ms * self._slowdown(op, in_ring))
+            self._known[key] = cost
+        return self._known[key]
+
+    @cached_property
+    def attention_ms(self) -> float:
+        """Attention of all M heads in one call."""
+        return self.profile.attention_ms(self.workload.seq_len, self.workload.heads_a_rank, self.workload.batch)
+
+    @cached_property
+    def comm_ms(self) -> float:
+        """All that Ulysses spends outside attention: four exchanges with their copies (on CUDA, without launches)."""
+        schedule = serial((self.workload.heads_a_rank,), split_qkv=True)
+        costs = [self.op_cost(op, schedule) for op in schedule.ops if op.kind != "attend"]
+        return sum(c.lane_ms + c.finish_ms + (c.host_ms if self.host_computes else 0.0) for c in costs)
+
+    @property
+    def comm_ratio(self) -> float:
+        """rho: the share of communication in Ulysses."""
+        return self.comm_ms / (self.comm_ms + self.attention_ms)
+
+    @property
+    def wire_ratio(self) -> float:
+        """rho from bytes over bandwidth alone: no latency, copy or launch, attention at a steady rate without waves."""
+        w = self.workload
+        latency_ms = self.profile.exchange_ms(0, w.ranks)
+        wire_ms = self.profile.exchange_ms(w.off_rank(4 * w.tensor_bytes(w.heads_a_rank)), w.ranks) - latency_ms
+        steady_ms = replace(self.profile, sms=None).attention_ms(w.seq_len, w.heads_a_rank, w.batch)
+        return wire_ms / (wire_ms + steady_ms)
+
+    def _slowdown(self, op: Op, in_ring: bool) -> float:
+        if in_ring:
+            steps = ring(self.workload.ranks)
+            attend_ms = sum(self._ring_cost(o).lane_ms for o in steps.ops if o.kind == "attend")
+            comm_ms = sum(self._ring_cost(o).lane_ms for o in steps.ops if o.kind == "rotate")
+        else:
+            heads = self.workload.heads_a_rank
+            attend_ms = self.attention_ms
+            comm_ms = sum(self._chunk_cost(Op(kind, 0, COMM), heads).lane_ms for kind in ("exchange", "return"))
+        if op.kind == "attend":
+            return 1 + (self.profile.attention_slowdown - 1) * min(1.0, comm_ms / attend_ms)
+        return 1 + (self.profile.communication_slowdown - 1) * min(1.0, attend_ms / comm_ms if comm_ms else 0.0)
+
+    def _chunk_cost(self, op: Op, heads: int) -> OpCost:
+        p, w = self.profile, self.workload
+        if op.kind == "attend":
+            attend_ms = p.attention_ms(w.seq_len, heads, w.batch)
+            # On a CPU the call was measured with the host's part in it.
+            return OpCost(attend_ms, 0.0 if self.host_computes else p.host_ms)
+        if w.ranks == 1:
+            return OpCost(0.0, p.host_ms)
+        gb = len(op.tensors) * w.tensor_bytes(heads) / 1e9 if op.kind == "exchange" else w.tensor_bytes(heads) / 1e9
+        wire_ms = p.exchange_ms(w.off_rank(gb * 1e9), w.ranks)
+        if op.kind == "exchange":
+            pack_ms = gb * p.pack_ms_per_gb
+            unpack_ms = gb * p.unpack_ms_per_gb if self.host_computes and heads > 1 else 0.0
+        else:
+            # A kernel's result of one batch entry is sent as it lies.
+            pack_ms = gb * p.pack_ms_per_gb if w.batch > 1 else 0.0
+            unpack_ms = gb * p.unpack_ms_per_gb
+        if self.host_computes:
+            return OpCost(wire_ms, p.host_ms + pack_ms, unpack_ms)
+        return OpCost(pack_ms + wire_ms + unpack_ms, p.host_ms)
+
+    def _ring_cost(self, op: Op) -> OpCost:
+        p, w = self.profile, self.workload
+        local_tokens = w.seq_len // w.ranks
+        elements = w.batch * local_tokens * w.heads * w.head_dim
+        if op.kind == "attend":
+            attend_ms = p.attention_ms(local_tokens, w.heads, w.batch) * p.lse_slowdown
+            merge_ms = elements * 4 / 1e9 * p.merge_ms_per_gb
+            return OpCost(attend_ms + merge_ms, 0.0 if self.host_computes else p.host_ms)
+        nbytes = 2 * elements * ITEMSIZE[w.dtype]
+        wire_ms = p.rotate_ms(nbytes, w.ranks)
+        copy_ms = nbytes / 1e9 * p.pack_ms_per_gb if op.chunk == 0 else 0.0  # its own K and V, into the first buffer
+        if self.host_computes:
+            return OpCost(wire_ms, p.host_ms + copy_ms)
+        return OpCost(copy_ms + wire_ms, p.host_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class IdealCosts:
+    """Costs on an ideal machine: everything in proportion to heads, nothing for launches, latency or copies.
+
+    Args:
+        comm_ratio: rho of serial Ulysses.
+        ranks: P, for a ring.
+        attention_ms: attention of all of a rank's heads.
+    """
+
+    comm_ratio: float
+    ranks: int = 2
+    attention_ms: float = 1.0
+    ports: int = 1
+    host_computes: bool = False
+
+    @property
+    def comm_ms(self) -> float:
+        return self.attention_ms * self.comm_ratio / (1 - self.comm_ratio)
+
+    def op_cost(self, op: Op, schedule: Schedule) -> OpCost:
+        if op.kind == "rotate":
+            return OpCost(self.comm_ms * self.ranks / 2 / (self.ranks - 1))
+        share = schedule.cut[op.chunk] / sum(schedule.cut)
+        if op.kind == "attend":
+            return OpCost(self.attention_ms * share)
+        return OpCost(self.comm_ms * share * (len(op.tensors) if op.kind == "exchange" else 1) / 4)
+
+
+def predict(schedule: Schedule, costs: Costs) -> Timeline:
+    """`simulate`, with exchanges and returns sharing one port where the costs say so (`ports`, 1 unless given).
+
+    On one port a third lane adds no bandwidth: both communication lanes are priced as one, in issue order.
+    """
+    if getattr(costs, "ports", 1) > 1 or COMM_OUT not in schedule.lanes:
+        return simulate(schedule, costs)
+    ops = tuple(replace(op, lane=COMM) if op.lane == COMM_OUT else op for op in schedule.ops)
+    timeline = simulate(replace(schedule, ops=ops), costs)
+    spans = tuple(Span(op, s.begin_ms, s.end_ms) for op, s in zip(schedule.ops, timeline.spans, strict=True))
+    return Timeline(schedule, spans, timeline.duration_ms, timeline.source)

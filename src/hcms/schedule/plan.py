@@ -1,0 +1,78 @@
+"""How a rank's M heads are cut into chunks: even, tapered or as given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+Cut = tuple[int, ...]
+
+
+def even(heads: int, chunks: int) -> Cut:
+    """Chunks that differ by one head at most; where they must differ, the larger ones are in the middle.
+
+    Only the first exchange and the last return are exposed, so the ends get the smaller chunks; the first end before
+    the last, as an exchange carries three tensors and a return one.
+
+    Raises:
+        ValueError: fewer heads than chunks, or no chunk.
+    """
+    if not 1 <= chunks <= heads:
+        raise ValueError(f"{chunks} chunks cannot be cut from {heads} heads a rank: choose 1 to {heads} chunks")
+    base, larger = divmod(heads, chunks)
+    first_larger = (chunks - larger + 1) // 2
+    return tuple(base + (first_larger <= c < first_larger + larger) for c in range(chunks))
+
+
+def tapered(heads: int, chunks: int) -> Cut:
+    """One head at either end and the rest spread over the middle chunks, largest in the middle."""
+    if chunks < 3 or heads <= chunks:
+        return even(heads, chunks)
+    return (1, *even(heads - 2, chunks - 2), 1)
+
+
+def format_cut(cut: Cut) -> str:
+    """`(1, 3, 1)` as `"1-3-1"`."""
+    return "-".join(map(str, cut))
+
+
+def parse_cut(text: str | int, heads: int) -> Cut:
+    """Read a cut of `heads` heads a rank.
+
+    Args:
+        text: `"1-3-1"` (as given), `"5"` with `heads == 5` (one chunk), `"even:4"`, `"even:max"` (one head a chunk),
+            `"tapered:3"`.
+        heads: M, the rank's share of the heads.
+
+    Raises:
+        ValueError: not of that form, more chunks than heads, an empty chunk, or a sum other than `heads`.
+    """
+    text = str(text).strip()
+    if text == "even:max":
+        return even(heads, heads)
+    if match := re.fullmatch(r"(even|tapered):(\d+)", text):
+        return (even if match[1] == "even" else tapered)(heads, int(match[2]))
+    if not re.fullmatch(r"\d+(-\d+)*", text):
+        raise ValueError(f"cut {text!r} is not of the form '1-3-1', 'even:2' or 'tapered:3'")
+    cut = tuple(int(part) for part in text.split("-"))
+    if len(cut) > heads:
+        raise ValueError(f"cut {text!r} has {len(cut)} chunks, but a rank has only {heads} heads")
+    if min(cut) < 1:
+        raise ValueError(f"cut {text!r} has a chunk without heads")
+    if sum(cut) != heads:
+        raise ValueError(f"cut {text!r} adds up to {sum(cut)} heads, but a rank has {heads}")
+    return cut
+
+
+def compositions(heads: int, *, max_chunks: int | None = None) -> Iterator[Cut]:
+    """Every way to cut `heads` heads into ordered chunks: 2^(heads - 1) of them without `max_chunks`."""
+
+    def rest(left: int, chunks_left: int) -> Iterator[Cut]:
+        if left == 0:
+            yield ()
+        elif chunks_left > 0:
+            for size in range(1, left + 1):
+                for tail in rest(left - size, chunks_left - 1):
+                    yield (size, *tail)
+
+    return rest(heads, heads if max_chunks is None else max_chunks)
