@@ -1,0 +1,39 @@
+"""A clip with Wan2.2, as diffusers shows it: one process, one device.
+
+python examples/wan_plain.py --weights Wan-AI/Wan2.2-T2V-A14B-Diffusers --output clip.mp4
+"""
+
+import argparse
+import os
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers.utils import export_to_video
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--weights", default="Wan-AI/Wan2.2-T2V-A14B-Diffusers", help="a folder, or a name on the hub")
+parser.add_argument("--prompt", default="A cat and a dog bake a cake together in a sunlit kitchen.")
+parser.add_argument("--frames", type=int, default=33)
+parser.add_argument("--height", type=int, default=720)
+parser.add_argument("--width", type=int, default=1280)
+parser.add_argument("--steps", type=int, default=40)
+parser.add_argument("--output", default="clip.mp4")
+args = parser.parse_args()
+
+cuda = torch.cuda.is_available()
+vae = AutoencoderKLWan.from_pretrained(args.weights, subfolder="vae", torch_dtype=torch.float32)
+dtype = torch.bfloat16 if cuda else torch.float32
+pipe = WanPipeline.from_pretrained(args.weights, vae=vae, torch_dtype=dtype)
+pipe.to("cuda" if cuda else "cpu")
+
+clip = pipe(
+    prompt=args.prompt,
+    height=args.height,
+    width=args.width,
+    num_frames=args.frames,
+    num_inference_steps=args.steps,
+    guidance_scale=4.0,
+    generator=torch.Generator().manual_seed(0),
+).frames[0]
+if os.environ.get("RANK", "0") == "0":
+    export_to_video(clip, args.output, fps=16)

@@ -1,0 +1,64 @@
+"""Measure a profile of the ranks at hand and write it as `profile.yaml`; other runs read it with `profile=<path>`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hcms.bench.cases import device_of, link_of, points
+from hcms.bench.config import Config, UsageError
+
+
+def validate(cfg: Config) -> None:
+    """One number of ranks, one link and one kernel make one profile."""
+    import microbench
+
+    microbench.validate(cfg)
+    grid = points(cfg)
+    if len({(p.ranks, p.link_ratio, p.kernel) for p in grid}) > 1:
+        raise UsageError("ranks, link.ratio or kernels: a profile is of one of each; give one value of each")
+
+
+def run(cfg: Config, folder: Path) -> bool:
+    """Calibrate at every length, settle the link at the longest, and write the profile."""
+    from hcms.bench.launch import launch
+    from hcms.bench.measure import Job
+    from hcms.schedule.profile import load
+
+    device, link, grid = device_of(cfg), link_of(cfg), points(cfg)
+    ranks = grid[0].ranks
+    job = Job.of(cfg, ranks, tuple(grid), folder, ratio_at="longest")
+    launch(_on_rank, ranks, job, device=device, link=link, folder=folder)
+    path = folder / "profile.yaml"
+    profile = load(path)
+    shown = Table(title=f"{profile.hardware}, {profile.world_size} ranks, {profile.backend}: {profile.link}")
+    for column in ("tokens", "heads", "attention ms"):
+        shown.add_column(column, justify="right")
+    for p in profile.attend:
+        shown.add_row(f"{p.seq_len:,}", str(p.heads), f"{p.ms:.2f}")
+    Console().print(shown)
+    shown_path = os.path.relpath(path)
+    print(f"wrote {shown_path}; use it with profile={shown_path}")
+    return True
+
+
+def _on_rank(rank: Any, job: Any) -> None:
+    import torch
+
+    from hcms.bench.link import settle
+    from hcms.bench.measure import point_profile
+
+    gbps_of_ratio: dict[float, float] = {}
+    profiles = []
+    for point in job.points:
+        settle(rank, job, point, gbps_of_ratio)
+        with torch.inference_mode():
+            profiles.append(point_profile(rank, job, point))
+    if rank.first:
+        attend = tuple(sorted((p for profile in profiles for p in profile.attend), key=lambda p: (p.seq_len, p.heads)))
+        replace(profiles[0], attend=attend).save(Path(job.folder) / "profile.yaml")

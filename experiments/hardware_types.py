@@ -1,0 +1,142 @@
+"""Predict one layer on every GPU of the catalogue, and put what was measured anywhere beside it (fig6)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hcms.bench.cases import as_list
+from hcms.bench.config import Config, UsageError
+from hcms.bench.records import Record, RecordFile
+from hcms.schedule import catalogue
+from hcms.schedule.advice import Advice, advise
+from hcms.schedule.cost import Workload
+from hcms.schedule.plan import format_cut
+
+MEASURED_IN = ("fig3", "fig4")  # the experiments that tell a hardware's gain over lengths and ranks
+
+
+@dataclass(kw_only=True)
+class PredictedRecord(Record):
+    """A prediction from the catalogue: `predicted_ms` only, never `latency_ms`. Gains are over the faster Ulysses."""
+
+    predicted_gain: float | None = None
+    predicted_gain_low: float | None = None
+    predicted_gain_high: float | None = None
+    verdict: str | None = None
+    assumed: list[str] | None = None
+
+
+def validate(cfg: Config) -> None:
+    """Refuse a layer that the catalogue cannot price.
+
+    Raises:
+        UsageError: ranks that do not divide heads or tokens, one rank, or a dtype or head size without known rates.
+    """
+    w = cfg.workload
+    if w.dtype not in catalogue.DTYPES or w.head_dim != catalogue.HEAD_DIM:
+        raise UsageError(
+            f"workload={w.name}: rates are known for {' and '.join(catalogue.DTYPES)} at head size "
+            f"{catalogue.HEAD_DIM}, not for {w.dtype} at {w.head_dim}; give workload=wan720p"
+        )
+    try:
+        layers = _layers(cfg)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"ranks={cfg.ranks}, frames={cfg.frames}: {error}") from None
+    if not layers or min(layer.ranks for layer in layers) < 2:
+        raise UsageError(f"ranks={cfg.ranks}, frames={cfg.frames}: give 2 or more ranks and at least one length")
+
+
+def run(cfg: Config, folder: Path) -> bool:
+    """Write a record a GPU, length and method, copy the measured ones, and print a table."""
+    file = RecordFile(folder / "records.jsonl")
+    file.path.unlink(missing_ok=True)  # a prediction has nothing to resume
+    shown = Table(title=f"{cfg.name}: predicted gain of HCMS over the faster Ulysses", caption="interval in brackets")
+    for column in ("GPU", "link", "kernel"):
+        shown.add_column(column)
+    layers = _layers(cfg)
+    for layer in layers:
+        shown.add_column(f"{layer.ranks} GPUs, {layer.seq_len:,} tokens", justify="right")
+    for gpu in catalogue.load().gpus.values():
+        for link, wire in gpu.links.items():
+            told = [advise(gpu, layer, link=link) for layer in layers if layer.ranks <= wire.ranks]
+            for advice in told:
+                file.append(_records(cfg, advice))
+            if told:
+                shown.add_row(gpu.name, link, gpu.kernel, *map(_words, told))
+    with file.path.open("a") as lines:
+        for line in measured_lines(cfg.name):
+            lines.write(json.dumps(line, allow_nan=False) + "\n")
+    Console().print(shown)
+    return True
+
+
+def _layers(cfg: Config) -> list[Workload]:
+    w = cfg.workload
+    return [
+        Workload(frames * w.tokens_per_frame, w.heads, ranks, w.head_dim, w.batch, w.dtype)
+        for ranks in as_list(cfg.ranks) or [4]
+        for frames in sorted(as_list(cfg.frames))
+    ]
+
+
+def _words(advice: Advice) -> str:
+    low, high = f"{100 * advice.gain_low:+.0f}", f"{100 * advice.gain_high:+.0f}"
+    return f"{100 * advice.gain:+.1f} % [{low}, {high}], rho {advice.comm_ratio:.2f}: {advice.verdict}"
+
+
+def _records(cfg: Config, advice: Advice) -> list[Record]:
+    layer, choice = advice.workload, advice.choice
+    times_ms = {
+        "ulysses": advice.ulysses_ms,
+        "ulysses-packed": advice.ulysses_packed_ms,
+        "hcms": advice.hcms_ms,
+        "ring": advice.ring_ms,
+    }
+    made: list[Record] = []
+    for method, predicted_ms in times_ms.items():
+        record = PredictedRecord(
+            exp=cfg.name,
+            source="predicted",
+            hardware=advice.gpu.slug,
+            workload=cfg.workload.name,
+            link=advice.link,
+            world_size=layer.ranks,
+            method=method,
+            kernel=advice.kernel,
+            dtype=layer.dtype,
+            batch=layer.batch,
+            seq_len=layer.seq_len,
+            heads=layer.heads,
+            head_dim=layer.head_dim,
+            comm_ratio=advice.comm_ratio,
+            predicted_ms=predicted_ms,
+            frames=layer.seq_len // cfg.workload.tokens_per_frame,
+            assumed=list(advice.assumed),
+        )
+        if method == "hcms":
+            record.cut, record.prefetch, record.plan_reason = format_cut(choice.cut), choice.prefetch, choice.reason
+            record.schedule, record.verdict = choice.schedule().name, advice.verdict
+            record.predicted_gain = advice.gain
+            record.predicted_gain_low, record.predicted_gain_high = advice.gain_low, advice.gain_high
+        made.append(record)
+    return made
+
+
+def measured_lines(exp: str) -> list[dict[str, Any]]:
+    """Records of `MEASURED_IN` of every hardware that has some: this machine's newest and the committed ones."""
+    from hcms.report.claims import runs
+
+    lines = []
+    for name in MEASURED_IN:
+        for table in runs(name):
+            for line in (Path(table.attrs["folder"]) / "records.jsonl").read_text().splitlines():
+                record = json.loads(line)
+                if record["source"] == "measured":
+                    lines.append(record | {"exp": exp})
+    return lines

@@ -1,0 +1,87 @@
+"""Upload the W&B runs that were made offline, each once.
+
+    python experiments/sync.py              # everything under outputs/ that W&B does not have yet
+    python experiments/sync.py --dry-run    # say what would be uploaded; needs neither key nor network
+    python experiments/sync.py outputs/fig3
+
+What was uploaded is remembered by a marker that `wandb sync` leaves beside each run. Of a run that was resumed, only
+the newest mirror is uploaded: it holds all records. Exit status 1 where an upload failed, 2 where none could start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hcms.report.wandb_mirror import PENDING, reach
+
+TIMEOUT_S = 900
+
+
+def waiting(root: Path) -> list[Path]:
+    """W&B run directories under `root` that are not uploaded: the newest of each run's folder."""
+    found = []
+    for folder in sorted(path for path in root.rglob("wandb") if path.is_dir() and not path.parent.is_symlink()):
+        runs = [*folder.glob("offline-run-*"), *(folder.glob("run-*") if (folder / PENDING).exists() else [])]
+        runs = sorted((run for run in runs if run.is_dir()), key=lambda run: run.name.removeprefix("offline-"))
+        if runs and not any(runs[-1].glob("*.wandb.synced")):
+            found.append(runs[-1])
+    return found
+
+
+def upload(run: Path) -> str | None:
+    """Upload one run; returns None, or in one line why it failed."""
+    command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(run)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"gave up after {TIMEOUT_S} s"
+    # The status is 0 even where the server refused; the marker is written only after everything has arrived.
+    if any(run.glob("*.wandb.synced")):
+        (run.parent / PENDING).unlink(missing_ok=True)
+        return None
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    return next(
+        (line for line in lines if "ERROR" in line or "Error" in line), lines[-1] if lines else "no reason given"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", type=Path, default=Path("outputs"), help="where to look; default outputs")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be uploaded")
+    arguments = parser.parse_args(argv)
+    runs = waiting(arguments.root)
+    if not runs:
+        print(f"nothing to upload under {arguments.root}")
+        return 0
+    if arguments.dry_run:
+        for run in runs:
+            print(f"would upload {os.path.relpath(run)}")
+        return 0
+
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    try:
+        if not wandb.login(prompt=False, verify=False):
+            raise OSError("no key: run `wandb login` or set WANDB_API_KEY")
+        reach(wandb.setup().settings.base_url)
+    except Exception as error:
+        print(f"error: W&B cannot be reached ({error}); {len(runs)} runs wait under {arguments.root}", file=sys.stderr)
+        return 2
+    failed = 0
+    for run in runs:
+        reason = upload(run)
+        failed += reason is not None
+        print(f"uploaded {os.path.relpath(run)}" if reason is None else f"failed {os.path.relpath(run)}: {reason}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,389 @@
+"""The whole Wan2.2 pipeline, clip by clip: method against method, broken down into its parts (fig7)."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hcms.bench.cases import CUT_METHODS, DTYPES, KERNELS, METHODS, Case, Point, as_list, device_of, link_of, ranks_of
+from hcms.bench.config import Config, UsageError
+from hcms.bench.progress import progress
+from hcms.bench.records import RecordFile
+from hcms.hardware import hardware
+from hcms.models.config import ModelConfig
+from hcms.models.sizes import ClipShape, Strides, divisors, heads_refusal, listed
+from hcms.schedule.plan import format_cut, parse_cut
+
+WRITES = True  # `validate` sets it to False for a dry run, which has nothing to record
+NEEDS = ("diffusers", "transformers", "accelerate", "imageio_ffmpeg")
+PIPELINES = {"WanPipeline": "t2v", "WanImageToVideoPipeline": "i2v"}  # diffusers' name, our task
+CARDS_GB = (24, 32, 48, 80, 96, 141, 180)  # memories of the catalogue's GPUs
+
+
+def validate(cfg: Config) -> None:
+    """Refuse what could not run, memory included, before any rank starts and before any weight is loaded."""
+    global WRITES
+    WRITES = not cfg.dry
+    model, source = resolved(cfg)
+    clips = clips_of(cfg, model)
+    all_ranks = ranks_of(cfg)
+    heads = int(model.transformer["num_attention_heads"])
+    cases_of(cfg, heads, all_ranks)
+    for ranks in all_ranks:
+        if refusal := heads_refusal(heads, ranks, f"model={model.name}"):
+            raise UsageError(f"ranks={ranks}: {refusal}")
+        for clip in clips:
+            if refusal := clip.refusal(ranks):
+                raise UsageError(refusal)
+    if missing := [name for name in NEEDS if find_spec(name) is None]:
+        raise UsageError(f"{cfg.name} needs {', '.join(missing)}: pip install -e '.[wan]'")
+    _check_kernel(cfg, model)
+    if source is not None and not Path(source).is_dir():
+        _check_hub(source)
+    if not cfg.dry:
+        _check_memory(cfg, model, clips, all_ranks)
+
+
+def run(cfg: Config, folder: Path | None) -> bool:
+    """Measure every clip length that the folder's records do not hold yet; print the tables; True if all is ok."""
+    model, source = resolved(cfg)
+    if cfg.dry:
+        return dry_run(cfg, model)
+    assert folder is not None
+    from hcms.bench.launch import launch
+    from hcms.bench.measure import Job
+    from hcms.models.clips import ClipJob
+
+    device, link = device_of(cfg), link_of(cfg)
+    file = RecordFile(folder / "records.jsonl")
+    slug = hardware(device).slug
+    heads = int(model.transformer["num_attention_heads"])
+    ratios = as_list(cfg.link.ratio) if link == "emulated" and cfg.link.gbps is None else [None]
+    todo: dict[int, list[tuple[Point, ClipShape]]] = {}
+    for ranks in ranks_of(cfg):
+        cases = cases_of(cfg, heads, [ranks])
+        for ratio in ratios:
+            for clip in sorted(clips_of(cfg, model), key=lambda c: -c.tokens):  # the longest first: it sets the link
+                point = _point(model, clip, ranks, cfg.kernels[0], ratio if ranks > 1 else None, cases)
+                if not _recorded(file, point, clip):
+                    todo.setdefault(ranks, []).append((point, clip))
+    ticks_a_point = (cfg.bench.iterations + 1) * len(cases_of(cfg, heads, ranks_of(cfg)))
+    with progress(sum(map(len, todo.values())) * ticks_a_point, cfg.name) as (ticks, show):
+        for ranks, pairs in todo.items():
+            job = Job.of(cfg, ranks, (), folder, predict=False)
+            clip_job = ClipJob(
+                model=model,
+                source=source,
+                job=job,
+                points=tuple(point for point, _ in pairs),
+                clips=tuple(clip for _, clip in pairs),
+                prompt=cfg.prompt,
+                negative_prompt=cfg.negative_prompt,
+                image=cfg.image,
+                sharding=cfg.sharding,
+                vae_tiling=cfg.vae_tiling,
+                compare_plain=cfg.compare_plain,
+            )
+            launch(_on_rank, ranks, clip_job, ticks, device=device, link=link, folder=folder, poll=show)
+    found = file.read()
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    for shown in tables(found, f"{cfg.name}: {model.name}, {cfg.weights} weights, {slug}, link {link}"):
+        console.print(shown)
+    return bool(found) and all(r["ok"] for r in found)
+
+
+def _on_rank(rank: Any, clip_job: Any, ticks: Any) -> None:
+    from hcms.models.clips import measure_clips
+
+    measure_clips(rank, clip_job, ticks.put)
+
+
+def resolved(cfg: Config) -> tuple[ModelConfig, str | None]:
+    """The model with the run's own settings in it, and where its weights come from (None: random).
+
+    Raises:
+        UsageError: no model, an unknown choice, a number out of range, or a folder that holds no pipeline.
+    """
+    model = cfg.model
+    if not model.name:
+        raise UsageError("model: none chosen; give model=wan-tiny or another file of conf/model/")
+    for name, value, known in (
+        ("weights", cfg.weights, ("random", "pretrained")),
+        ("sharding", cfg.sharding, ("none", "fsdp2")),
+        ("model.task", model.task, ("t2v", "i2v")),
+        ("model.dtype", model.dtype, DTYPES),
+    ):
+        if value not in known:
+            raise UsageError(f"{name}={value}: choose one of {', '.join(known)}")
+    own = {k: getattr(cfg, k) for k in ("width", "height", "steps", "flow_shift", "guidance", "guidance_2")}
+    model = replace(model, **{k: v for k, v in own.items() if v is not None})
+    for name in ("width", "height", "steps", "text_tokens", "experts"):
+        if getattr(model, name) < 1:
+            raise UsageError(f"{name}={getattr(model, name)}: give a whole number of at least 1")
+    if not model.flow_shift > 0:
+        raise UsageError(f"flow_shift={model.flow_shift}: give a number above 0")
+    if cfg.image is not None and not Path(cfg.image).is_file():
+        raise UsageError(f"image={cfg.image}: no such file; give a picture's path, or null for a colour gradient")
+    if cfg.weights == "random":
+        if cfg.weights_path is not None:
+            raise UsageError(
+                f"weights_path={cfg.weights_path}: weights=random reads none; give weights=pretrained with it"
+            )
+        return model, None
+    source = cfg.weights_path or model.hub
+    if source is None:
+        raise UsageError(f"weights=pretrained: model={model.name} is not on the hub; give weights_path=<folder>")
+    if Path(source).is_dir():
+        return _as_saved(model, Path(source)), source
+    if cfg.weights_path is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise UsageError(
+            f"weights_path={source}: no such folder; give one that save_pretrained wrote, or owner/name on the hub"
+        )
+    return model, source
+
+
+def _as_saved(model: ModelConfig, folder: Path) -> ModelConfig:
+    """The model that a folder holds, by its own configuration files."""
+    from hcms.models.folder import refusal
+
+    if why := refusal(folder):
+        raise UsageError(f"weights_path={folder}: {why}")
+    index = json.loads((folder / "model_index.json").read_text())
+    if index["_class_name"] not in PIPELINES:
+        raise UsageError(
+            f"weights_path={folder}: it holds a {index['_class_name']}; give one of {', '.join(PIPELINES)}"
+        )
+
+    def part(name: str) -> dict[str, Any]:
+        return {
+            k: v for k, v in json.loads((folder / name / "config.json").read_text()).items() if not k.startswith("_")
+        }
+
+    second = (index.get("transformer_2") or [None])[0] is not None
+    return replace(
+        model,
+        task=PIPELINES[index["_class_name"]],
+        experts=2 if second else 1,
+        boundary_ratio=index.get("boundary_ratio"),
+        expand_timesteps=bool(index.get("expand_timesteps", False)),
+        transformer=part("transformer"),
+        vae=part("vae"),
+    )
+
+
+def clips_of(cfg: Config, model: ModelConfig) -> list[ClipShape]:
+    """The clips' shapes; `frames` counts video frames here.
+
+    Raises:
+        UsageError: frames that are not 4n + 1, or a size that is not whole in patches.
+    """
+    clips = []
+    for frames in as_list(cfg.frames) or [model.frames]:
+        if not isinstance(frames, int) or isinstance(frames, bool):
+            raise UsageError(f"frames={frames}: give a whole number of video frames, 4n + 1")
+        try:
+            clips.append(ClipShape(frames, model.height, model.width, Strides.of(model)))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    return clips
+
+
+def cases_of(cfg: Config, heads: int, all_ranks: list[int]) -> list[Case]:
+    """The methods, each with its cuts; ulysses is among them, as everything is compared with it."""
+    cases: dict[Case, None] = {}
+    for method in cfg.methods:
+        if method not in METHODS:
+            raise UsageError(f"methods={method}: choose among {', '.join(METHODS)}")
+        for cut in cfg.cuts if method in CUT_METHODS else [None]:
+            if cut not in (None, "auto"):
+                for ranks in all_ranks:
+                    if heads % ranks == 0:
+                        try:
+                            cut = format_cut(parse_cut(cut, heads // ranks)) if len(all_ranks) == 1 else cut
+                            parse_cut(cut, heads // ranks)
+                        except ValueError as error:
+                            raise UsageError(f"cuts={cut} with ranks={ranks}: {error}") from None
+            cases[Case(method, cut, cfg.prefetch, cfg.first)] = None
+    if "ulysses" not in cfg.methods:
+        raise UsageError(f"methods={list(cfg.methods)}: add ulysses, with which every method's latents are compared")
+    return list(cases)
+
+
+def _point(
+    model: ModelConfig, clip: ClipShape, ranks: int, kernel: str, ratio: float | None, cases: list[Case]
+) -> Point:
+    return Point(
+        model.name,
+        ranks,
+        clip.latent_frames,
+        clip.tokens,
+        int(model.transformer["num_attention_heads"]),
+        int(model.transformer["attention_head_dim"]),
+        1,
+        model.dtype,
+        kernel,
+        ratio,
+        tuple(cases),
+    )
+
+
+def _recorded(file: RecordFile, point: Point, clip: ClipShape) -> bool:
+    have = {
+        (r["world_size"], r["link_ratio"], r["num_frames"], r["method"]) for r in file.read() if r["status"] == "done"
+    }
+    return all((point.ranks, point.link_ratio, clip.frames, case.method) in have for case in point.cases)
+
+
+def _check_kernel(cfg: Config, model: ModelConfig) -> None:
+    if len(cfg.kernels) != 1 or cfg.kernels[0] not in KERNELS:
+        raise UsageError(f"kernels={list(cfg.kernels)}: give one of {', '.join(KERNELS)}")
+    import torch
+
+    from hcms.kernels import kernel
+
+    attention, head_dim = kernel(cfg.kernels[0]), int(model.transformer["attention_head_dim"])
+    if not cfg.dry and (refusal := attention.refusal(getattr(torch, model.dtype), head_dim, device_of(cfg))):
+        raise UsageError(f"kernels={cfg.kernels[0]}: {refusal}")
+    if "ring" in cfg.methods and not attention.gives_lse:
+        raise UsageError(f"kernels={cfg.kernels[0]}: gives no log-sum-exp, which ring needs; take ring out of methods")
+
+
+def _check_hub(source: str) -> None:
+    from hcms.models.folder import hub_refusal
+
+    if why := hub_refusal(source):
+        raise UsageError(
+            f"weights=pretrained: {source} is no folder here, and the hub does not give it ({why}); "
+            f"give weights_path=<folder>"
+        )
+
+
+def _check_memory(cfg: Config, model: ModelConfig, clips: list[ClipShape], all_ranks: list[int]) -> None:
+    from hcms.models.memory import GIB, available_bytes
+
+    longest = max(clips, key=lambda c: c.tokens)
+    needs = {n.ranks: n for n in _needs(cfg, model, longest)}
+    heads = int(model.transformer["num_attention_heads"])
+    for ranks in all_ranks:
+        there = cfg.memory_gib * GIB if cfg.memory_gib is not None else available_bytes(device_of(cfg), ranks)
+        if ranks not in needs:
+            continue
+        others = len(cases_of(cfg, heads, [ranks])) - 1  # every method keeps its own buffers
+        need = needs[ranks].need_bytes + others * needs[ranks].buffer_bytes
+        if need > there:
+            raise UsageError(
+                f"model={model.name}: {longest.frames} frames need {need / GIB:.1f} GiB a rank on "
+                f"{ranks} ranks, but {there / GIB:.1f} GiB are there; see dry=true, try sharding=fsdp2 or "
+                f"vae_tiling=true, or give model=wan-tiny"
+            )
+
+
+def _needs(cfg: Config, model: ModelConfig, clip: ClipShape) -> list[Any]:
+    from hcms.models.memory import rank_counts
+
+    try:
+        return rank_counts(model, clip, sharding=cfg.sharding, guidance=model.guidance > 1, vae_tiling=cfg.vae_tiling)
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise UsageError(f"model={model.name}: its arguments build no model: {str(error).splitlines()[0]}") from None
+
+
+def dry_run(cfg: Config, model: ModelConfig) -> bool:
+    """Print sizes, traffic and memory a rank for every rank count; False if a wanted one does not fit."""
+    from hcms.models.memory import GIB
+
+    fits_all = True
+    for clip in clips_of(cfg, model):
+        time, rows, columns = clip.grid
+        title = (
+            f"{model.name}: {clip.frames} frames of {clip.width}x{clip.height} = {time} x {rows} x {columns} = "
+            f"{clip.tokens:,} tokens; {model.experts} expert(s) of {model.transformer['num_layers']} layers, "
+            f"{model.dtype}, sharding {cfg.sharding}"
+        )
+        table = Table(title=title, caption="weights, and the larger of a denoising step and the decoding, and 1 GiB")
+        names = ("ranks", "tokens a rank", "heads a rank", "MiB off rank a layer", "GiB off rank a step")
+        for name in (*names, "weights GiB", "step GiB", "decode GiB", "needs GiB a rank", "fits"):
+            table.add_column(name, justify="right")
+        for n in _needs(cfg, model, clip):
+            if cfg.memory_gib is not None:
+                fits = n.need_bytes <= cfg.memory_gib * GIB
+                verdict = "yes" if fits else f"no: {cfg.memory_gib:g} GiB"
+                fits_all &= fits or n.ranks not in as_list(cfg.ranks)
+            else:
+                verdict = next((f"{gb} GB cards" for gb in CARDS_GB if n.need_bytes <= gb * 1e9), "no card here")
+            table.add_row(
+                str(n.ranks),
+                f"{n.tokens_a_rank:,}",
+                str(n.heads_a_rank),
+                f"{n.exchange_bytes_a_layer / 2**20:.1f}",
+                f"{n.exchange_bytes_a_step / 2**30:.2f}",
+                *(f"{x / GIB:.1f}" for x in (n.weight_bytes, n.step_bytes, n.decode_bytes, n.need_bytes)),
+                verdict,
+            )
+        Console(width=160).print(table)
+        odd = [r for r in divisors(int(model.transformer["num_attention_heads"])) if r <= 16 and clip.tokens % r]
+        if odd:
+            print(f"{listed(odd)} ranks divide the heads but not the tokens: {clip.refusal(odd[0])}")
+    return fits_all
+
+
+_SHOWN_PARTS = {
+    "text": ("text_encoder_ms",),
+    "attention": ("self_attention_ms",),
+    "around it": ("self_projections_ms",),
+    "cross": ("cross_attention_ms",),
+    "ffn": ("feed_forward_ms",),
+    "rest": ("transformer_rest_ms", "scheduler_ms"),
+    "VAE": ("vae_encode_ms", "vae_decode_ms"),
+    "other": ("other_ms",),
+}
+
+
+def tables(records: list[dict[str, Any]], title: str) -> list[Table]:
+    """The terminal's tables, two a clip length: speedups with their checks, and where the time goes."""
+    shown: list[Table] = []
+    points = {(r["world_size"], r["link_ratio"], r["num_frames"]): r for r in records}
+    for point, first in points.items():
+        rho = "" if first["comm_ratio"] is None else f", rho {first['comm_ratio']:.2f} in the pipeline"
+        where = f"{first['num_frames']} frames, {first['seq_len']:,} tokens, {first['world_size']} ranks{rho}"
+        speed = Table(
+            title=f"{title}\n{where}", caption="Amdahl: of the clip, from the attention's; ! off the interval"
+        )
+        parts = Table(title=f"where a clip's time goes, s: {where}")
+        for name in ("method", "cut"):
+            speed.add_column(name)
+        for name in ("clip s", "± IQR", "vs ulysses", "attention", "Amdahl", "max err"):
+            speed.add_column(name, justify="right")
+        for name in ("bitwise", "check"):
+            speed.add_column(name)
+        parts.add_column("method")
+        for name in (*_SHOWN_PARTS, "named"):
+            parts.add_column(name, justify="right")
+        for r in (r for r in records if (r["world_size"], r["link_ratio"], r["num_frames"]) == point):
+            speed.add_row(
+                r["method"],
+                r["cut"] or "-",
+                f"{r['latency_ms'] / 1e3:.2f}",
+                f"{r['latency_iqr_ms'] / 1e3:.2f}",
+                f"{r['speedup_vs_ulysses']:.3f}",
+                f"{r['attention_speedup_vs_ulysses']:.3f}",
+                f"{r['amdahl_speedup']:.3f}" + ("" if r["amdahl_agrees"] else "!"),
+                "-" if r["max_abs_err"] is None else f"{r['max_abs_err']:.0e}",
+                "yes" if r["bitwise_equal"] else "no",
+                "ok" if r["ok"] else r["error"],
+            )
+            parts.add_row(
+                r["method"],
+                *(f"{sum(r[k] for k in keys) / 1e3:.2f}" for keys in _SHOWN_PARTS.values()),
+                f"{100 * r['named_share']:.1f} %",
+            )
+        shown += [speed, parts]
+    return shown

@@ -1,0 +1,157 @@
+"""Whole clips predicted for the catalogue's GPUs: attention by the cost model, the rest by counting (table4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hcms.bench.cases import as_list
+from hcms.bench.config import Config, UsageError
+from hcms.bench.records import RecordFile
+from hcms.models.config import ModelConfig
+from hcms.models.predict import ASSUMED, ClipPrediction, predict_clip, weights_gb
+from hcms.models.records import ClipRecord
+from hcms.models.sizes import ClipShape, heads_refusal
+from hcms.schedule import catalogue
+from wan import clips_of, resolved
+
+METHODS = ("ulysses", "ulysses-packed", "hcms", "ring")
+
+
+def validate(cfg: Config) -> None:
+    """Refuse what the catalogue or the model cannot answer."""
+    model, _ = resolved(cfg)
+    if model.dtype not in catalogue.DTYPES or int(model.transformer["attention_head_dim"]) != catalogue.HEAD_DIM:
+        raise UsageError(
+            f"model={model.name}: rates are known for {' and '.join(catalogue.DTYPES)} and head size "
+            f"{catalogue.HEAD_DIM} only; give a model of full size"
+        )
+    _gpus(cfg)
+    for ranks in as_list(cfg.ranks):
+        if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 2:
+            raise UsageError(f"ranks={ranks}: give whole numbers of at least 2")
+        if refusal := heads_refusal(int(model.transformer["num_attention_heads"]), ranks, f"model={model.name}"):
+            raise UsageError(f"ranks={ranks}: {refusal}")
+        for clip in clips_of(cfg, model):
+            if refusal := clip.refusal(ranks):
+                raise UsageError(refusal)
+
+
+def run(cfg: Config, folder: Path) -> bool:
+    """Predict, record and print every GPU and link at every rank count and length."""
+    model, _ = resolved(cfg)
+    file = RecordFile(folder / "records.jsonl")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    too_small = False
+    for clip in clips_of(cfg, model):
+        for ranks in as_list(cfg.ranks):
+            table = Table(
+                title=f"Predicted: {model.name}, {clip.frames} frames, {clip.tokens:,} tokens, {ranks} ranks, "
+                f"{model.steps} steps",
+                box=box.SIMPLE_HEAD,
+            )
+            for name in ("GPU", "link"):
+                table.add_column(name, no_wrap=True)
+            for name in ("rho", "clip s", "attention", "attention gain", "clip gain", "Ring, clip gain"):
+                table.add_column(name, justify="right")
+            table.add_column("cut")
+            for gpu, link, found in _predictions(cfg, model, clip, ranks):
+                file.append(list(_records(cfg, model, clip, ranks, gpu, link, found)))
+                memory_gb = gpu.numbers["memory_gb"].value
+                small = memory_gb is not None and memory_gb < weights_gb(model)
+                too_small |= small
+                table.add_row(
+                    gpu.slug + ("*" if small else ""),
+                    link,
+                    f"{found.advice.comm_ratio:.0%}",
+                    f"{found.clip_ms('ulysses') / 1e3:.0f}",
+                    f"{found.share:.0%}",
+                    f"{found.attention_speedup('hcms') - 1:+.1%}",
+                    f"{found.clip_speedup('hcms') - 1:+.1%}",
+                    f"{found.clip_speedup('ring') - 1:+.1%}",
+                    found.cut,
+                )
+            console.print(table)
+    print("Gains are over ulysses. What a prediction assumes is in its record; the coarse assumptions:")
+    for note in ASSUMED:
+        print(f"- {note}")
+    if too_small:
+        print(f"* holds less than the {weights_gb(model):.0f} GB of weights; sharding them is not in the prediction")
+    return True
+
+
+def _gpus(cfg: Config) -> list[catalogue.Gpu]:
+    if cfg.gpu in (None, "all"):
+        return list(catalogue.load().gpus.values())
+    try:
+        return [catalogue.gpu(str(cfg.gpu))]
+    except ValueError as error:
+        raise UsageError(f"gpu={cfg.gpu}: {error}, or all") from None
+
+
+def _predictions(
+    cfg: Config, model: ModelConfig, clip: ClipShape, ranks: int
+) -> Iterator[tuple[catalogue.Gpu, str, ClipPrediction]]:
+    for gpu in _gpus(cfg):
+        for link in gpu.links.values():
+            if ranks <= link.ranks:
+                yield gpu, link.name, predict_clip(gpu, model, clip, ranks, link=link.name)
+
+
+def _records(
+    cfg: Config,
+    model: ModelConfig,
+    clip: ClipShape,
+    ranks: int,
+    gpu: catalogue.Gpu,
+    link: str,
+    found: ClipPrediction,
+) -> Iterator[ClipRecord]:
+    rest: dict[str, Any] = {f"{part}_ms": ms for part, ms in found.rest_ms.items()}
+    for method in METHODS:
+        yield ClipRecord(
+            exp=cfg.name,
+            source="predicted",
+            hardware=gpu.slug,
+            workload=model.name,
+            link=link,
+            world_size=ranks,
+            method=method,
+            kernel=found.advice.kernel,
+            dtype=model.dtype,
+            batch=1,
+            seq_len=clip.tokens,
+            heads=int(model.transformer["num_attention_heads"]),
+            head_dim=int(model.transformer["attention_head_dim"]),
+            cut=found.cut if method == "hcms" else None,
+            comm_ratio=found.advice.comm_ratio,
+            frames=clip.latent_frames,
+            predicted_ms=found.clip_ms(method),
+            speedup_vs_ulysses=found.clip_speedup(method),
+            speedup_vs_ring=found.clip_ms("ring") / found.clip_ms(method),
+            plan_reason=found.advice.choice.reason if method == "hcms" else None,
+            weights=cfg.weights,
+            sharding="none",
+            num_frames=clip.frames,
+            width=clip.width,
+            height=clip.height,
+            steps=model.steps,
+            guidance=model.guidance,
+            guidance_2=model.guidance_2,
+            flow_shift=model.flow_shift,
+            experts=model.experts,
+            layers=int(model.transformer["num_layers"]),
+            self_attention_ms=found.attention_ms[method],
+            **rest,
+            self_attention_share=found.attention_ms[method] / found.clip_ms(method),
+            attention_speedup_vs_ulysses=found.attention_speedup(method),
+            amdahl_speedup=found.clip_speedup(method),
+            assumed=list(found.assumed),
+        )
