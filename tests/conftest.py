@@ -1,0 +1,21 @@
+"""What every test shares: no network, no display, one thread a process, and reproducible examples in CI."""
+
+from __future__ import annotations
+
+import os
+
+# Before any test module imports torch, wandb or matplotlib; ranks that a test starts inherit these.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+try:
+    from hypothesis import settings
+except ModuleNotFoundError:  # a GPU machine with torch and pytest alone runs tests/test_cuda.py
+    pass
+else:
+    # No deadline: on a machine that also runs ranks, a slow example says nothing about the code.
+    settings.register_profile("local", deadline=None, max_examples=60)
+    settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True)
+    settings.load_profile("ci" if os.environ.get("CI") else "local")

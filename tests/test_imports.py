@@ -1,0 +1,42 @@
+"""T0. Schedules, plans and prices are usable without torch: importing them must not pull it in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+REPORT_TORCH = """
+import importlib, pkgutil, sys
+names = sys.argv[1:]
+for name in names:
+    module = importlib.import_module(name)
+    for found in pkgutil.walk_packages(getattr(module, "__path__", []) if name != "hcms" else [], name + "."):
+        importlib.import_module(found.name)
+        names.append(found.name)
+print(",".join(sorted(m for m in sys.modules if m.split(".")[0] in ("torch", "hcms"))))
+"""
+
+
+def imported(*names: str) -> set[str]:
+    """Modules of torch and hcms that a fresh interpreter holds after importing `names` and what lies below them."""
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT_TORCH, *names], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.strip().split(","))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("hcms",), {"hcms"}),
+        (("hcms.schedule",), {"hcms.schedule.schedule", "hcms.schedule.plan", "hcms.schedule.simulate"}),
+        (("hcms.bench.config",), {"hcms.bench.config"}),
+    ],
+)
+def test_no_torch(names: tuple[str, ...], expected: set[str]) -> None:
+    modules = imported(*names)
+    assert expected <= modules
+    assert not {m for m in modules if m.split(".")[0] == "torch"}

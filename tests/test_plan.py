@@ -1,0 +1,126 @@
+"""T0. Cuts of a rank's heads: even, tapered, as given, and every one that there is."""
+
+from __future__ import annotations
+
+from math import comb
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hcms.schedule.plan import compositions, even, format_cut, parse_cut, tapered
+
+heads_and_chunks = st.integers(1, 40).flatmap(lambda heads: st.tuples(st.just(heads), st.integers(1, heads)))
+cuts = st.lists(st.integers(1, 8), min_size=1, max_size=8).map(tuple)
+
+
+def rises_then_falls(cut: tuple[int, ...]) -> bool:
+    top = cut.index(max(cut))
+    return list(cut[: top + 1]) == sorted(cut[: top + 1]) and list(cut[top:]) == sorted(cut[top:], reverse=True)
+
+
+@given(heads_and_chunks)
+def test_even_is_even_and_smallest_at_the_ends(case: tuple[int, int]) -> None:
+    heads, chunks = case
+    cut = even(heads, chunks)
+    assert sum(cut) == heads
+    assert len(cut) == chunks
+    assert max(cut) - min(cut) <= 1
+    assert rises_then_falls(cut)
+    if chunks > 2 and heads % chunks <= chunks - 2:
+        assert cut[0] == cut[-1] == min(cut)
+
+
+@given(heads_and_chunks)
+def test_tapered_has_single_heads_at_its_ends(case: tuple[int, int]) -> None:
+    heads, chunks = case
+    cut = tapered(heads, chunks)
+    assert sum(cut) == heads
+    assert len(cut) == chunks
+    assert rises_then_falls(cut)
+    if chunks >= 3:
+        assert cut[0] == cut[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("heads", "chunks", "expected"),
+    [
+        (5, 1, (5,)),
+        (6, 2, (3, 3)),
+        (5, 3, (1, 3, 1)),
+        (10, 4, (1, 4, 4, 1)),
+        (10, 5, (1, 2, 3, 3, 1)),
+        (3, 3, (1, 1, 1)),
+    ],
+)
+def test_tapered_values(heads: int, chunks: int, expected: tuple[int, ...]) -> None:
+    assert tapered(heads, chunks) == expected
+
+
+@pytest.mark.parametrize("builder", [even, tapered])
+@pytest.mark.parametrize(("heads", "chunks"), [(5, 6), (5, 0), (5, -1), (1, 2)])
+def test_impossible_chunk_counts_are_refused(builder, heads: int, chunks: int) -> None:
+    with pytest.raises(ValueError, match=rf"{chunks} chunks .* {heads} heads"):
+        builder(heads, chunks)
+
+
+@given(cuts)
+def test_parse_reads_what_format_writes(cut: tuple[int, ...]) -> None:
+    assert parse_cut(format_cut(cut), sum(cut)) == cut
+
+
+@pytest.mark.parametrize(
+    ("text", "heads", "expected"),
+    [
+        ("1-3-1", 5, (1, 3, 1)),
+        (" 1-3-1 ", 5, (1, 3, 1)),
+        ("5", 5, (5,)),
+        (5, 5, (5,)),  # YAML reads an unquoted 5 as a number
+        ("even:1", 5, (5,)),
+        ("even:2", 10, (5, 5)),
+        ("even:4", 10, (2, 3, 3, 2)),
+        ("tapered:3", 10, (1, 8, 1)),
+    ],
+)
+def test_parse_values(text: str | int, heads: int, expected: tuple[int, ...]) -> None:
+    assert parse_cut(text, heads) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "heads", "message"),
+    [
+        ("", 5, "not of the form"),
+        ("auto", 5, "not of the form"),
+        ("1--3", 5, "not of the form"),
+        ("-5", 5, "not of the form"),
+        ("1,3,1", 5, "not of the form"),
+        ("1-3-", 5, "not of the form"),
+        ("2.5-2.5", 5, "not of the form"),
+        ("even", 5, "not of the form"),
+        ("even:-2", 5, "not of the form"),
+        ("odd:2", 5, "not of the form"),
+        ("even:0", 5, "0 chunks .* 5 heads"),
+        ("even:6", 5, "6 chunks .* 5 heads"),
+        ("tapered:6", 5, "6 chunks .* 5 heads"),
+        ("1-1-1-1-1-1", 5, "6 chunks, .* only 5 heads"),
+        ("5-0", 5, "chunk without heads"),
+        ("0", 5, "chunk without heads"),
+        ("1-3-2", 5, "adds up to 6 heads, .* has 5"),
+        ("4", 5, "adds up to 4 heads, .* has 5"),
+    ],
+)
+def test_parse_says_what_is_wrong(text: str, heads: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_cut(text, heads)
+
+
+@given(st.integers(1, 10), st.integers(1, 12))
+def test_compositions_are_all_there_once(heads: int, max_chunks: int) -> None:
+    found = list(compositions(heads, max_chunks=max_chunks))
+    assert len(set(found)) == len(found) == sum(comb(heads - 1, chunks - 1) for chunks in range(1, max_chunks + 1))
+    assert all(sum(cut) == heads and min(cut) >= 1 and len(cut) <= max_chunks for cut in found)
+
+
+def test_compositions_without_a_limit() -> None:
+    assert sorted(compositions(3)) == [(1, 1, 1), (1, 2), (2, 1), (3,)]
+    assert sum(1 for _ in compositions(10)) == 2**9

@@ -1,0 +1,106 @@
+"""T0: the README's generated parts, and that a stale one is noticed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from hcms.bench.config import UsageError
+from hcms.report.readme import BLOCKS, comparison, experiments, figures, hardware, results, updated
+from hcms.report.tables import write_table
+from made_runs import make_repository, script
+
+main = script("readme").main
+
+
+def readme_with(*names: str) -> str:
+    return "# Title\n\n" + "\n".join(f"<!-- begin:{n} -->\nold\n<!-- end:{n} -->\nprose {n}\n" for n in names)
+
+
+def test_order_and_words_of_experiments(tmp_path: Path) -> None:
+    found = experiments(make_repository(tmp_path))
+    assert [e.name for e in found] == ["fig3", "fig4", "table2", "advise"]
+    assert found[0].label == "Figure 3"
+    assert found[0].command == "python experiments/run.py +exp=fig3"
+    assert found[0].what == "Latency by sequence length."
+
+
+def test_index_says_what_was_not_run(tmp_path: Path) -> None:
+    root = make_repository(tmp_path)
+    rows = {line.split("|")[1].strip(): line for line in figures(root).splitlines()}
+    assert "`python experiments/run.py +exp=fig3`" in rows["Figure 3"]
+    assert "[fig3.pdf](figures/fig3.pdf), [fig3.png](figures/fig3.png)" in rows["Figure 3"]
+    assert rows["Figure 4"].count("not run yet") == 2
+    assert "[table2.md](paper_tables/table2.md)" in rows["Table 2"]
+    assert "advise" not in rows
+
+
+def test_time_of_each_machine(tmp_path: Path) -> None:
+    root = make_repository(tmp_path)
+    for slug, wall_s in (("cpu-one", 161.4), ("cpu-two", 59)):
+        path = root / "paper_tables" / "records" / slug / "fig3" / "env.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "wall_s": wall_s}))
+    assert "2 min 41 s (Cpu One); 59 s (Cpu Two)" in figures(root)
+
+
+def test_results_come_from_table1_else_from_the_claims(tmp_path: Path) -> None:
+    root = make_repository(tmp_path)
+    rows = results(root).splitlines()
+    assert rows[2].split("|")[1].strip() == "C1"
+    assert "not run yet" in rows[2]
+    row = {"": "C1", "ours, measured": "+20.0 %", "on": "a machine", "n": "12", "verdict": "holds"}
+    write_table("table1", pd.DataFrame([row]), folder=root / "paper_tables")
+    lines = results(root).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["", "ours, measured", "verdict"]
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["C1", "+20.0 %", "holds"]
+    assert lines[-1].endswith("[Table 1](paper_tables/table1.md).")
+    assert comparison(root) == "Table 5: not run yet.\n"
+    (root / "paper_tables" / "table5.md").write_text("| peer |\n|:--|\n| x |\n")
+    assert comparison(root).startswith("| peer |")
+
+
+def test_hardware_has_a_row_a_machine(tmp_path: Path) -> None:
+    rows = hardware(make_repository(tmp_path)).splitlines()
+    assert len(rows) == 4
+    assert "Cpu One" in rows[2]
+    assert "[fig5](paper_tables/records/cpu-one/fig5)" in rows[2]
+    assert "012345678" in rows[3]
+    assert hardware(tmp_path / "empty") == "No committed records: not run yet.\n"
+
+
+def test_only_marked_parts_change(tmp_path: Path) -> None:
+    root = make_repository(tmp_path)
+    text = readme_with(*BLOCKS)
+    fresh = updated(text, root)
+    assert "old" not in fresh
+    assert all(f"prose {name}" in fresh for name in BLOCKS)
+    assert updated(fresh, root) == fresh
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no marker", "markers are missing"),
+        (readme_with("wrong"), r"markers \['wrong'\]: known are results, figures, comparison, hardware"),
+        ("<!-- begin:results -->\n", "do not pair up"),
+    ],
+)
+def test_bad_markers(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        updated(text, tmp_path)
+
+
+def test_command_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_repository(tmp_path)
+    command = ["--root", str(root)]
+    assert main(command) == 2
+    (root / "README.md").write_text(readme_with("results", "figures"))
+    assert main([*command, "--check"]) == 1
+    assert "make readme" in capsys.readouterr().err
+    assert "old" in (root / "README.md").read_text(), "a check changes nothing"
+    assert main(command) == 0
+    assert main([*command, "--check"]) == 0
+    assert "up to date" in capsys.readouterr().out

@@ -1,0 +1,55 @@
+"""A run of the micro-benchmark small enough for tests, made once a session for all that read what it wrote."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+# Two ranks, four heads, a link without a derived pace: every part of a run, in seconds.
+SETTINGS = (
+    *("device=cpu", "ranks=2", "link.gbps=1", "link.latency_us=0"),
+    *("workload.heads=4", "workload.head_dim=16", "workload.tokens_per_frame=16"),
+    *("bench.iterations=4", "bench.warmup=1", "bench.predict=false", "wandb.mode=disabled"),
+)
+
+FIG3 = (
+    "+exp=fig3",
+    *SETTINGS,
+    "methods=[ulysses,ulysses-packed,hcms-serial@1-1,hcms,ring,ceiling]",
+    "cuts=[1-1,auto]",
+)
+
+
+def command(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A Python command in `folder`, from where modules may be imported too; no GPU is visible to it."""
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **variables},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+@cache
+def run() -> tuple[Path, str]:
+    """The folder of a whole run, and what it printed."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny-run-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    done = command(
+        folder,
+        str(EXPERIMENTS / "run.py"),
+        *(*FIG3, "frames=[3,1]"),
+    )
+    assert done.returncode == 0, done.stderr
+    return (folder / "outputs" / "fig3" / "latest").resolve(), done.stdout
