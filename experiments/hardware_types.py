@@ -130,11 +130,11 @@ def _records(cfg: Config, advice: Advice) -> list[Record]:
 
 def measured_lines(exp: str) -> list[dict[str, Any]]:
     """Records of `MEASURED_IN` of every hardware that has some: this machine's newest and the committed ones."""
-    from hcms.report.claims import runs
+    from hcms.report.load import newest_runs
 
     lines = []
     for name in MEASURED_IN:
-        for table in runs(name):
+        for table in newest_runs(name):
             for line in (Path(table.attrs["folder"]) / "records.jsonl").read_text().splitlines():
                 record = json.loads(line)
                 if record["source"] == "measured":

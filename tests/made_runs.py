@@ -183,6 +183,7 @@ def make_repository(root: Path) -> Path:
     (root / "paper_tables" / "claims.csv").write_text(
         "name,claim,figure\nC1,faster than Ulysses,10 % to 17.5 %\nC8,uneven chunks,the same results\n"
     )
+    (root / "paper_tables" / "table1.md").write_text("The claims.\n")
     with style.use():
         fig, ax = plt.subplots(figsize=style.size())
         ax.plot([1, 2], [2, 1], color=style.colour("hcms"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hcms.bench.config import UsageError
 from hcms.report import ROOT, fig8, parts, stats
 from hcms.report.claims import FAILS, FINDINGS, HOLDS, NOT_YET, PART, SHOWN, claims, table1
 from hcms.report.figures import FIGURES, TABLES
-from hcms.report.load import records
+from hcms.report.load import newest_runs, records
 from hcms.schedule.closed_form import ring_speedup, speedup_limit
 from hcms.schedule.cost import IdealCosts, predict
 from hcms.schedule.schedule import serial, two_lane
@@ -136,7 +137,7 @@ def test_kernels_that_did_not_run_are_predicted_in_a_column_of_their_own(tmp_pat
 def test_every_claim_has_a_rule_and_no_records_means_not_run_yet(tmp_path: Path) -> None:
     assert list(claims()) == [f"C{i}" for i in range(1, 10)] == list(FINDINGS)
     assert all("Holds:" in claim.rule or claim.rule.startswith("As C") for claim in claims().values())
-    assert set(table1(tmp_path)["verdict"]) == {NOT_YET}
+    assert set(table1(partial(newest_runs, root=tmp_path))["verdict"]) == {NOT_YET}
 
 
 def test_verdicts_follow_their_rules(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_verdicts_follow_their_rules(tmp_path: Path) -> None:
     make_run(tmp_path, "fig5", ratios=RATIOS, frames=(9,), cuts=CUTS)
     make_run(tmp_path, "table2", cuts=("2-1-2", "1-1-1-1-1"), frames=(1,))
     make_run(tmp_path, "table3", frames=(9,))
-    shown = rows(table1(tmp_path), "")
+    shown = rows(table1(partial(newest_runs, root=tmp_path)), "")
     assert shown["C1"]["verdict"] == SHOWN, "×1.2 on an emulated link"
     assert shown["C1"]["ours, measured"].startswith("+20.0 % [")
     assert shown["C2"]["verdict"] == FAILS, "the made-up ring takes 1.1, HCMS 1.11 of the attention"
@@ -160,7 +161,7 @@ def test_verdicts_follow_their_rules(tmp_path: Path) -> None:
 
 def test_an_automatic_cut_is_no_evidence_for_a_fixed_one(tmp_path: Path) -> None:
     make_run(tmp_path, "fig3", cuts=("auto:1-3-1",))
-    assert rows(table1(tmp_path), "")["C1"]["verdict"] == NOT_YET
+    assert rows(table1(partial(newest_runs, root=tmp_path)), "")["C1"]["verdict"] == NOT_YET
 
 
 # --- numbers behind the figures --------------------------------------------------------------------------------------

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from hcms.bench.config import UsageError
+from hcms.report.load import newest, newest_runs
 from hcms.report.readme import BLOCKS, comparison, experiments, figures, hardware, results, updated
-from hcms.report.tables import write_table
-from made_runs import make_repository, script
+from made_runs import make_repository, make_run, script
 
 main = script("readme").main
 
 
 def readme_with(*names: str) -> str:
-    return "# Title\n\n" + "\n".join(f"<!-- begin:{n} -->\nold\n<!-- end:{n} -->\nprose {n}\n" for n in names)
+    return "# Title\n\n" + "\n".join(f"<!-- begin:{n} -->\nSTALE\n<!-- end:{n} -->\nprose {n}\n" for n in names)
 
 
 def test_order_and_words_of_experiments(tmp_path: Path) -> None:
@@ -46,20 +45,21 @@ def test_time_of_each_machine(tmp_path: Path) -> None:
     assert "2 min 41 s (Cpu One); 59 s (Cpu Two)" in figures(root)
 
 
-def test_results_come_from_table1_else_from_the_claims(tmp_path: Path) -> None:
+def test_results_and_comparison_come_from_committed_records(tmp_path: Path) -> None:
     root = make_repository(tmp_path)
-    rows = results(root).splitlines()
-    assert rows[2].split("|")[1].strip() == "C1"
-    assert "not run yet" in rows[2]
-    row = {"": "C1", "ours, measured": "+20.0 %", "on": "a machine", "n": "12", "verdict": "holds"}
-    write_table("table1", pd.DataFrame([row]), folder=root / "paper_tables")
-    lines = results(root).splitlines()
-    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["", "ours, measured", "verdict"]
-    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["C1", "+20.0 %", "holds"]
-    assert lines[-1].endswith("[Table 1](paper_tables/table1.md).")
+    before = results(root)
+    rows = {line.split("|")[1].strip(): line for line in before.splitlines() if line.startswith("|")}
+    assert "+20.0 %" in rows["C1"]
+    assert "not run yet" in rows["C8"]
+    assert "on" not in [cell.strip() for cell in before.splitlines()[0].split("|")]
     assert comparison(root) == "Table 5: not run yet.\n"
-    (root / "paper_tables" / "table5.md").write_text("| peer |\n|:--|\n| x |\n")
-    assert comparison(root).startswith("| peer |")
+    make_run(root, "table5", slug="cpu-one", frames=(9,), committed=True)
+    assert "| hcms 1-3-1" in comparison(root)
+
+    make_run(root, "fig3", slug="cpu-one", ratios=(0.5,), stamp="2030-01-01_00-00-00")
+    assert len(newest_runs("fig3", root)) == 2, "in the place of the committed run of the same machine"
+    assert newest("fig3", root).name == "2030-01-01_00-00-00"
+    assert results(root) == before, "a run of the reader's own does not make the README stale"
 
 
 def test_hardware_has_a_row_a_machine(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_only_marked_parts_change(tmp_path: Path) -> None:
     root = make_repository(tmp_path)
     text = readme_with(*BLOCKS)
     fresh = updated(text, root)
-    assert "old" not in fresh
+    assert "STALE" not in fresh
     assert all(f"prose {name}" in fresh for name in BLOCKS)
     assert updated(fresh, root) == fresh
 
@@ -100,7 +100,7 @@ def test_command_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (root / "README.md").write_text(readme_with("results", "figures"))
     assert main([*command, "--check"]) == 1
     assert "make readme" in capsys.readouterr().err
-    assert "old" in (root / "README.md").read_text(), "a check changes nothing"
+    assert "STALE" in (root / "README.md").read_text(), "a check changes nothing"
     assert main(command) == 0
     assert main([*command, "--check"]) == 0
     assert "up to date" in capsys.readouterr().out

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from hcms.bench.config import UsageError
 from hcms.report import ROOT
-from hcms.report.load import committed, newest, records
+from hcms.report.load import newest_runs
 from hcms.report.parts import hardware_name
 from hcms.report.stats import Interval, fastest, interpolated, measured, rank_correlation, speedups
 from hcms.schedule.closed_form import two_lane_speedup
@@ -26,6 +25,7 @@ UNTOLD = "cannot be told"
 NOT_YET = "not run yet"
 NONE = "–"
 LITTLE = 0.10  # the least gain that the paper reports
+Read = Callable[[str], list[pd.DataFrame]]
 OURS = ("hcms", "hcms-3lane", "hcms-serial")
 
 
@@ -76,21 +76,15 @@ def band(name: str) -> tuple[float, float]:
     return claim.low, claim.high
 
 
-def runs(experiment: str, root: Path = ROOT) -> list[pd.DataFrame]:
-    """The newest records of an experiment on each hardware: this machine's newest run, and the committed ones."""
-    found = {str(table["hardware"].iloc[0]): table for table in committed(experiment, root).values()}
-    try:
-        own = records(newest(experiment, root))
-    except UsageError:
-        return list(found.values())
-    return list((found | {str(own["hardware"].iloc[0]): own}).values())
+def table1(read: Read = newest_runs) -> pd.DataFrame:
+    """One row a claim: the paper's figure, ours measured and ours predicted, the verdict by its rule, the command.
 
-
-def table1(root: Path = ROOT) -> pd.DataFrame:
-    """One row a claim: the paper's figure, ours measured and ours predicted, the verdict by its rule, the command."""
+    Args:
+        read: gives the records of an experiment, a table each run; `committed_runs` leaves this machine's own out.
+    """
     rows = []
     for claim in claims().values():
-        found = FINDINGS[claim.name](claim, root)
+        found = FINDINGS[claim.name](claim, read)
         rows.append(
             {
                 "": claim.name,
@@ -171,12 +165,12 @@ def _nearest(tables: Sequence[pd.DataFrame]) -> pd.DataFrame | None:
     return min(groups, key=distance, default=None)
 
 
-def _lengths(base: str) -> Callable[[Claim, Path], Finding]:
+def _lengths(base: str) -> Callable[[Claim, Read], Finding]:
     """C1 and C2: over a baseline, at video lengths."""
 
-    def find(claim: Claim, root: Path) -> Finding:
-        predicted = _predicted_gains(base, root)
-        found = _nearest([gains(table, base) for table in runs(claim.experiment, root)])
+    def find(claim: Claim, read: Read) -> Finding:
+        predicted = _predicted_gains(base, read)
+        found = _nearest([gains(table, base) for table in read(claim.experiment)])
         if found is None or found.empty:
             return Finding(predicted=predicted)
         found = found.sort_values("seq_len")
@@ -193,14 +187,14 @@ def _lengths(base: str) -> Callable[[Claim, Path], Finding]:
     return find
 
 
-def _platforms(claim: Claim, root: Path) -> Finding:
+def _platforms(claim: Claim, read: Read) -> Finding:
     """C3: every hardware and rank count."""
-    tables = [gains(table, "ulysses") for table in [*runs("fig4", root), *runs("fig3", root)]]
+    tables = [gains(table, "ulysses") for table in [*read("fig4"), *read("fig3")]]
     tables = [table for table in tables if not table.empty]
-    predicted = _predicted_platforms(root)
+    predicted = _predicted_platforms(read)
     if not tables:
         return Finding(predicted=predicted)
-    found = pd.concat(tables)
+    found = pd.concat([table.assign(name=hardware_name(table)) for table in tables], ignore_index=True)
     points = found.loc[found.groupby(["hardware", "link", "world_size"])["speedup"].idxmin()]
     above = points["speedup_low"] - 1 > claim.low
     on_gpus = points[points["link"] == "native"]
@@ -213,22 +207,24 @@ def _platforms(claim: Claim, root: Path) -> Finding:
         verdict = SHOWN
     else:
         verdict = HOLDS if len(counts) >= 2 and (counts >= 2).all() else PART
+    several = points["name"].nunique() > 1
     each = [
-        f"{int(case['world_size'])} ranks: {_with_interval(_interval(pd.Series(case)))}"
+        f"{case['name'] + ', ' if several else ''}{int(case['world_size'])} ranks: "
+        f"{_with_interval(_interval(pd.Series(case)))}"
         for case in points.sort_values(["hardware", "world_size"]).to_dict("records")
     ]
     names = dict.fromkeys(_place(table) for table in tables)
     return Finding(f"least gain: {'; '.join(each)}", "; ".join(names), _rounds(points), predicted, verdict)
 
 
-def _pipeline(ratio: str, interval: str) -> Callable[[Claim, Path], Finding]:
+def _pipeline(ratio: str, interval: str) -> Callable[[Claim, Read], Finding]:
     """C4 and C5: columns of the records of whole clips."""
 
-    def find(claim: Claim, root: Path) -> Finding:
-        tables = [measured(fixed_cuts(table)) for table in runs(claim.experiment, root)]
+    def find(claim: Claim, read: Read) -> Finding:
+        tables = [measured(fixed_cuts(table)) for table in read(claim.experiment)]
         tables = [table[table["method"] == "hcms"] for table in tables if ratio in table]
         found = _nearest([table[table[ratio].notna()] for table in tables])
-        predicted = _predicted_clips(ratio, root)
+        predicted = _predicted_clips(ratio, read)
         if found is None or found.empty:
             return Finding(predicted=predicted)
         best = found.sort_values(ratio).iloc[-1]
@@ -254,9 +250,9 @@ def ratio_gains(table: pd.DataFrame) -> pd.DataFrame:
     return best[best["comm_ratio"].notna()].sort_values("comm_ratio")
 
 
-def _correlation(claim: Claim, root: Path) -> Finding:
+def _correlation(claim: Claim, read: Read) -> Finding:
     """C6."""
-    tables = [ratio_gains(table) for table in runs(claim.experiment, root)]
+    tables = [ratio_gains(table) for table in read(claim.experiment)]
     tables = [table for table in tables if len(table) >= 3]
     if not tables:
         return Finding()
@@ -281,14 +277,14 @@ def gain_at(points: pd.DataFrame, ratio: float) -> Interval | None:
     return Interval(values[0], values[1], values[2], int(points["n"].min()))
 
 
-def _thresholds(claim: Claim, root: Path) -> Finding:
+def _thresholds(claim: Claim, read: Read) -> Finding:
     """C7."""
     predicted = ", ".join(
         f"{percent(two_lane_speedup(ratio, 5) - 1)} at {ratio:.0%}".replace("0%", "0 %")
         for ratio in (claim.low, claim.high)
     )
     predicted += " (closed form, five chunks)"
-    tables = [ratio_gains(table) for table in runs(claim.experiment, root)]
+    tables = [ratio_gains(table) for table in read(claim.experiment)]
     tables = sorted((table for table in tables if len(table)), key=_is_emulated)
     for found in tables:
         low, high = gain_at(found, claim.low), gain_at(found, claim.high)
@@ -303,9 +299,9 @@ def _thresholds(claim: Claim, root: Path) -> Finding:
     return Finding(predicted=predicted)
 
 
-def _equivalence(claim: Claim, root: Path) -> Finding:
+def _equivalence(claim: Claim, read: Read) -> Finding:
     """C8."""
-    tables = runs(claim.experiment, root)
+    tables = read(claim.experiment)
     if not tables:
         return Finding()
     found = pd.concat(tables)
@@ -322,9 +318,9 @@ def _equivalence(claim: Claim, root: Path) -> Finding:
     return Finding(words, on, f"{len(uneven)} cases", NONE, verdict)
 
 
-def _kernels(claim: Claim, root: Path) -> Finding:
+def _kernels(claim: Claim, read: Read) -> Finding:
     """C9."""
-    tables = runs(claim.experiment, root)
+    tables = read(claim.experiment)
     best = [gains(table, "ulysses") for table in tables]
     best = [table for table in best if not table.empty]
     if not best:
@@ -339,9 +335,9 @@ def _kernels(claim: Claim, root: Path) -> Finding:
     return Finding(words, _place(found), _rounds(found), NONE, verdict)
 
 
-def predicted_layers(root: Path = ROOT) -> pd.DataFrame:
+def predicted_layers(read: Read = newest_runs) -> pd.DataFrame:
     """Figure 6's predictions: a row a GPU type and length, with `over_ulysses` and `over_ring` as speedups."""
-    for table in runs("fig6", root):
+    for table in read("fig6"):
         told = table[(table["source"] == "predicted") & table["predicted_ms"].notna()]
         if len(told):
             keys = ["hardware", "link", "kernel", "world_size", "seq_len"]
@@ -350,8 +346,8 @@ def predicted_layers(root: Path = ROOT) -> pd.DataFrame:
     return pd.DataFrame()
 
 
-def _predicted_gains(base: str, root: Path) -> str:
-    told = predicted_layers(root)
+def _predicted_gains(base: str, read: Read) -> str:
+    told = predicted_layers(read)
     if told.empty:
         return NOT_YET
     values = told[f"over_{base}"] - 1
@@ -359,9 +355,9 @@ def _predicted_gains(base: str, root: Path) -> str:
     return f"{percent(values.min(), 0)} to {percent(values.max(), 0)} over {types} GPU types, {ranks} ranks"
 
 
-def _predicted_clips(ratio: str, root: Path) -> str:
+def _predicted_clips(ratio: str, read: Read) -> str:
     """Table 4's predictions for whole clips on 4 GPUs, or on as many as there are."""
-    for table in runs("table4", root):
+    for table in read("table4"):
         told = table[(table["source"] == "predicted") & (table["method"] == "hcms")]
         told = told[told["world_size"] == 4] if (told["world_size"] == 4).any() else told
         values = told[ratio].dropna().astype(float) - 1
@@ -371,15 +367,15 @@ def _predicted_clips(ratio: str, root: Path) -> str:
     return NOT_YET
 
 
-def _predicted_platforms(root: Path) -> str:
-    told = predicted_layers(root)
+def _predicted_platforms(read: Read) -> str:
+    told = predicted_layers(read)
     if told.empty:
         return NOT_YET
     best = told.groupby("hardware")["over_ulysses"].max()
     return f"{int((best - 1 >= LITTLE).sum())} of {len(best)} GPU types gain 10 % or more"
 
 
-FINDINGS: dict[str, Callable[[Claim, Path], Finding]] = {
+FINDINGS: dict[str, Callable[[Claim, Read], Finding]] = {
     "C1": _lengths("ulysses"),
     "C2": _lengths("ring"),
     "C3": _platforms,

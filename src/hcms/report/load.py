@@ -15,7 +15,19 @@ from hcms.bench.records import SCHEMA, Record
 from hcms.report import ROOT
 from hcms.report.tables import write_table
 
-__all__ = ["COLUMNS", "ROOT", "SCHEMAS", "committed", "config", "environment", "newest", "records", "write_table"]
+__all__ = [
+    "COLUMNS",
+    "ROOT",
+    "SCHEMAS",
+    "committed",
+    "committed_runs",
+    "config",
+    "environment",
+    "newest",
+    "newest_runs",
+    "records",
+    "write_table",
+]
 
 SCHEMAS = (SCHEMA,)  # the record schemas that this code reads
 
@@ -108,9 +120,9 @@ def newest(exp: str, root: Path = ROOT) -> Path:
     Raises:
         UsageError: neither exists; the message says which command makes one.
     """
-    latest = root / "outputs" / exp / "latest"
-    if (latest / "records.jsonl").is_file():
-        return latest.resolve()
+    own = _own(exp, root)
+    if own:
+        return own
     folders = committed_folders(exp, root)
     if not folders:
         raise UsageError(f"no records of {exp} yet: run python experiments/run.py +exp={exp}")
@@ -128,9 +140,29 @@ def committed(exp: str, root: Path = ROOT) -> dict[str, pd.DataFrame]:
     return {slug: records(folder) for slug, folder in committed_folders(exp, root).items()}
 
 
+def committed_runs(exp: str, root: Path = ROOT) -> list[pd.DataFrame]:
+    """Records of the committed reference runs of an experiment, in the order of their slugs."""
+    return list(committed(exp, root).values())
+
+
+def newest_runs(exp: str, root: Path = ROOT) -> list[pd.DataFrame]:
+    """The committed reference runs, with this machine's newest run in the place of the one of the same hardware."""
+    found, own = committed(exp, root), _own(exp, root)
+    if own:
+        table = records(own)
+        found |= {str(table["hardware"].iloc[0]): table}
+    return list(found.values())
+
+
 def plan(cut: str | None) -> str | None:
     """The cut that was asked for: `"auto:1-3-1"`, chosen on the machine, is `"auto"` on every machine."""
     return "auto" if isinstance(cut, str) and cut.startswith("auto") else cut
+
+
+def _own(exp: str, root: Path) -> Path | None:
+    """The folder of this machine's newest run of an experiment."""
+    latest = root / "outputs" / exp / "latest"
+    return latest.resolve() if (latest / "records.jsonl").is_file() else None
 
 
 def _folder(path: Path | str) -> Path:

@@ -6,17 +6,19 @@ markers is never touched.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from hcms.bench.config import UsageError
 from hcms.report import ROOT
-from hcms.report.load import committed_folders, environment, hardware_name, records
+from hcms.report.claims import table1
+from hcms.report.load import committed_folders, committed_runs, environment, hardware_name, records
+from hcms.report.table5 import table5
 from hcms.report.tables import to_markdown
 
 NOT_YET = "not run yet"
@@ -59,20 +61,9 @@ def experiments(root: Path = ROOT) -> list[Experiment]:
 
 
 def results(root: Path = ROOT) -> str:
-    """The claims against ours, from `paper_tables/table1.csv`; the claims alone while nothing was run."""
-    table = root / "paper_tables" / "table1.csv"
-    if table.is_file():
-        shown = pd.read_csv(table, dtype=str, keep_default_na=False)
-        shown = shown[[column for column in shown.columns if column not in RESULTS_LEAVE_OUT]]
-        # pandas names the column that has no name
-        text = to_markdown(shown.rename(columns=lambda column: "" if column.startswith("Unnamed:") else column))
-        return f"{text}\nWhere, how often, and by which rule: [Table 1](paper_tables/table1.md).\n"
-    claims = root / "paper_tables" / "claims.csv"
-    if not claims.is_file():
-        return f"No claims: {claims.relative_to(root)} is missing.\n"
-    with claims.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    return to_markdown(pd.DataFrame([{"": row[0], "claim": row[1], "paper": row[2], "ours": NOT_YET} for row in rows]))
+    """The claims against the committed records; a run of the reader's own does not make the README stale."""
+    shown = table1(partial(committed_runs, root=root)).drop(columns=list(RESULTS_LEAVE_OUT))
+    return f"{to_markdown(shown)}\nWhere, how often, and by which rule: [Table 1](paper_tables/table1.md).\n"
 
 
 def figures(root: Path = ROOT) -> str:
@@ -103,9 +94,9 @@ def figures(root: Path = ROOT) -> str:
 
 
 def comparison(root: Path = ROOT) -> str:
-    """Peers beside ours: `paper_tables/table5.md`."""
-    table = root / "paper_tables" / "table5.md"
-    return table.read_text(encoding="utf-8") if table.is_file() else f"Table 5: {NOT_YET}.\n"
+    """Peers beside ours: Table 5 of the committed records, one for each hardware that has it."""
+    tables = [table5(run) for run in committed_runs("table5", root)]
+    return "\n".join(f"{to_markdown(t)}\n{t.attrs['caption']}\n" for t in tables) or f"Table 5: {NOT_YET}.\n"
 
 
 def hardware(root: Path = ROOT) -> str:

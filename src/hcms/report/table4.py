@@ -6,9 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from hcms.bench.config import UsageError
 from hcms.report import parts, style
-from hcms.report.claims import claims, runs
+from hcms.report.claims import claims
+from hcms.report.load import newest_runs
 from hcms.report.stats import measured
 from hcms.schedule import catalogue
 
@@ -38,11 +38,7 @@ def table4(records: pd.DataFrame) -> pd.DataFrame:
         records: table4's own, which are predicted. Measured rows come from the newest records of fig7 on each hardware.
     """
     rows: list[dict[str, object]] = []
-    try:
-        tables = runs("fig7")
-    except UsageError:
-        tables = []
-    for table in tables:
+    for table in newest_runs("fig7"):
         rows += _measured_rows(measured(table))
     rows += _predicted_rows(records)
     made = pd.DataFrame(rows, columns=list(COLUMNS))
