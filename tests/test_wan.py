@@ -330,7 +330,7 @@ def test_figure_and_table_show_what_records_say(tmp_path, monkeypatch):
     folder.mkdir()
     predict = import_module("wan_predict")
     predict.run(run.composed(["+exp=table4", "ranks=4", "frames=33", "gpu=l40s"]), folder)
-    monkeypatch.setattr(table4, "runs", lambda experiment: [table])
+    monkeypatch.setattr(table4, "newest_runs", lambda experiment: [table])
     made = table4.table4(load.records(folder))
     is_predicted = made["hardware"].str.startswith("L40S")
     measured, predicted = made[~is_predicted], made[is_predicted]
