@@ -53,6 +53,7 @@ def _on_rank(rank: Any, job: Any) -> None:
     from hcms.bench.link import settle
     from hcms.bench.measure import point_profile
 
+    job = replace(job, predict=True, profile=None)  # a profile is what is wanted, and measured
     gbps_of_ratio: dict[float, float] = {}
     profiles = []
     for point in job.points:

@@ -102,7 +102,12 @@ def main() -> int:
     folder: Path = args.output
     folder.mkdir(parents=True, exist_ok=True)
     here = hardware("cuda")
-    (folder / "env.json").write_text(json.dumps(environment(here, "none", "cuda"), indent=2) + "\n")
+    env = environment(here, "none", "cuda")
+    before = folder / "env.json"
+    if before.is_file() and (theirs := json.loads(before.read_text())["commit"]) != env["commit"]:
+        print(f"error: {folder} holds records of commit {theirs}: give another folder by --output", file=sys.stderr)
+        return 2
+    before.write_text(json.dumps(env, indent=2) + "\n")
     file = RecordFile(folder / "records.jsonl")
     if "tests" in wanted:
         for name, ok, text in run_tests(folder):

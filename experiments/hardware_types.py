@@ -135,8 +135,10 @@ def measured_lines(exp: str) -> list[dict[str, Any]]:
     lines = []
     for name in MEASURED_IN:
         for table in newest_runs(name):
-            for line in (Path(table.attrs["folder"]) / "records.jsonl").read_text().splitlines():
+            place = Path(table.attrs["folder"])
+            run = f"{place.parent.name}/{name}"  # what was timed together; a variant's folder names its link
+            for line in (place / "records.jsonl").read_text().splitlines():
                 record = json.loads(line)
                 if record["source"] == "measured":
-                    lines.append(record | {"exp": exp})
+                    lines.append(record | {"exp": exp, "run": run})
     return lines

@@ -13,7 +13,7 @@ from rich.table import Table
 from hcms.bench.cases import PEER, Point, device_of, link_of, points
 from hcms.bench.config import Config, UsageError
 from hcms.bench.progress import progress
-from hcms.bench.records import RecordFile
+from hcms.bench.records import RecordFile, derived_gbps
 from hcms.hardware import hardware
 
 
@@ -70,11 +70,7 @@ def run(cfg: Config, folder: Path) -> bool:
                 ranks,
                 tuple(group),
                 folder,
-                gbps_of_ratio={
-                    r["link_ratio"]: r["link_gbps"]
-                    for r in found
-                    if r["world_size"] == ranks and r["link_ratio"] and r["link_gbps"]
-                },
+                gbps_of_ratio=derived_gbps(found, ranks),
                 sweeps=len({(p.ranks, p.link_ratio) for p in todo}) > 1,
             )
             launch(_on_rank, ranks, job, ticks, device=device, link=link, folder=folder, poll=show)

@@ -162,7 +162,7 @@ def check(module: ModuleType, cfg: Config) -> None:
 
 def with_gpus(overrides: list[str]) -> list[str]:
     """Where GPUs are visible: full size unless a workload is named, and the experiment's `on_gpus` first."""
-    if not visible_gpus() or "device=cpu" in overrides:
+    if not visible_gpus() or "device=cpu" in overrides or composed(overrides).device == "cpu":
         return overrides
     named = any(o.lstrip("+~").startswith("workload=") for o in overrides)
     full_size = [] if named else ["workload=wan720p"]

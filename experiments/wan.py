@@ -15,7 +15,7 @@ from rich.table import Table
 from hcms.bench.cases import CUT_METHODS, DTYPES, KERNELS, METHODS, Case, Point, as_list, device_of, link_of, ranks_of
 from hcms.bench.config import Config, UsageError
 from hcms.bench.progress import progress
-from hcms.bench.records import RecordFile
+from hcms.bench.records import RecordFile, derived_gbps
 from hcms.hardware import hardware
 from hcms.models.config import ModelConfig
 from hcms.models.sizes import ClipShape, Strides, divisors, heads_refusal, listed
@@ -74,10 +74,13 @@ def run(cfg: Config, folder: Path | None) -> bool:
                 point = _point(model, clip, ranks, cfg.kernels[0], ratio if ranks > 1 else None, cases)
                 if not _recorded(file, point, clip):
                     todo.setdefault(ranks, []).append((point, clip))
+    found = file.read()
+    again = {(p.ranks, p.link_ratio, clip.frames) for pairs in todo.values() for p, clip in pairs}
+    file.drop(lambda r: (r["world_size"], r["link_ratio"], r["num_frames"]) in again)
     ticks_a_point = (cfg.bench.iterations + 1) * len(cases_of(cfg, heads, ranks_of(cfg)))
     with progress(sum(map(len, todo.values())) * ticks_a_point, cfg.name) as (ticks, show):
         for ranks, pairs in todo.items():
-            job = Job.of(cfg, ranks, (), folder, predict=False)
+            job = Job.of(cfg, ranks, (), folder, predict=False, gbps_of_ratio=derived_gbps(found, ranks))
             clip_job = ClipJob(
                 model=model,
                 source=source,
@@ -238,9 +241,11 @@ def _point(
 
 def _recorded(file: RecordFile, point: Point, clip: ClipShape) -> bool:
     have = {
-        (r["world_size"], r["link_ratio"], r["num_frames"], r["method"]) for r in file.read() if r["status"] == "done"
+        (r["world_size"], r["link_ratio"], r["num_frames"], r["method"], r["cut"] and r["cut"].split(":")[0])
+        for r in file.read()
+        if r["status"] == "done"
     }
-    return all((point.ranks, point.link_ratio, clip.frames, case.method) in have for case in point.cases)
+    return all((point.ranks, point.link_ratio, clip.frames, c.method, c.cut) in have for c in point.cases)
 
 
 def _check_kernel(cfg: Config, model: ModelConfig) -> None:

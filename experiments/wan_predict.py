@@ -15,7 +15,7 @@ from hcms.bench.config import Config, UsageError
 from hcms.bench.records import RecordFile
 from hcms.models.config import ModelConfig
 from hcms.models.predict import ASSUMED, ClipPrediction, predict_clip, weights_gb
-from hcms.models.records import ClipRecord
+from hcms.models.records import ClipRecord, of_clip
 from hcms.models.sizes import ClipShape, heads_refusal
 from hcms.schedule import catalogue
 from wan import clips_of, resolved
@@ -46,6 +46,7 @@ def run(cfg: Config, folder: Path) -> bool:
     """Predict, record and print every GPU and link at every rank count and length."""
     model, _ = resolved(cfg)
     file = RecordFile(folder / "records.jsonl")
+    file.path.unlink(missing_ok=True)  # a prediction has nothing to resume
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
@@ -132,22 +133,13 @@ def _records(
             head_dim=int(model.transformer["attention_head_dim"]),
             cut=found.cut if method == "hcms" else None,
             comm_ratio=found.advice.comm_ratio,
-            frames=clip.latent_frames,
             predicted_ms=found.clip_ms(method),
             speedup_vs_ulysses=found.clip_speedup(method),
             speedup_vs_ring=found.clip_ms("ring") / found.clip_ms(method),
             plan_reason=found.advice.choice.reason if method == "hcms" else None,
             weights=cfg.weights,
             sharding="none",
-            num_frames=clip.frames,
-            width=clip.width,
-            height=clip.height,
-            steps=model.steps,
-            guidance=model.guidance,
-            guidance_2=model.guidance_2,
-            flow_shift=model.flow_shift,
-            experts=model.experts,
-            layers=int(model.transformer["num_layers"]),
+            **of_clip(model, clip),
             self_attention_ms=found.attention_ms[method],
             **rest,
             self_attention_share=found.attention_ms[method] / found.clip_ms(method),

@@ -15,7 +15,18 @@ from matplotlib.figure import Figure
 
 from hcms.bench.config import UsageError
 from hcms.report import ROOT, fig8, parts, stats
-from hcms.report.claims import FAILS, FINDINGS, HOLDS, NOT_YET, PART, SHOWN, claims, table1
+from hcms.report.claims import (
+    FAILS,
+    FINDINGS,
+    HOLDS,
+    NOT_YET,
+    PART,
+    SHOWN,
+    claims,
+    correlation_in_words,
+    correlation_of_gains,
+    table1,
+)
 from hcms.report.figures import FIGURES, TABLES
 from hcms.report.load import newest_runs, records
 from hcms.schedule.closed_form import ring_speedup, speedup_limit
@@ -177,12 +188,25 @@ def test_speedups_are_paired_by_round() -> None:
 
 def test_rank_correlation_and_reading_off() -> None:
     x = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5]
-    assert stats.rank_correlation(x, [1, 2, 3, 4, 5, 6]).value == pytest.approx(1)
-    falling = stats.rank_correlation(x, [6, 5, 4, 3, 2, 1])
-    assert falling.value == pytest.approx(-1)
-    assert falling.high < 0
+    assert stats.rank_correlation(x, [1, 2, 3, 4, 5, 6]) == pytest.approx(1)
+    assert stats.rank_correlation(x, [6, 5, 4, 3, 2, 1]) == pytest.approx(-1)
+    assert stats.rank_correlation(x, [1] * 6) == 0
     assert stats.interpolated([0.2, 0.1], [4.0, 2.0], 0.15) == pytest.approx(3)
     assert stats.interpolated([0.2, 0.1], [4.0, 2.0], 0.25) is None
+
+
+def test_a_correlation_is_no_surer_than_its_points() -> None:
+    gain = pd.Series([1.02, 1.05, 1.1, 1.2, 1.4])
+    points = pd.DataFrame({"comm_ratio": RATIOS, "speedup": gain})
+
+    def correlation(half: float, count: int = 5) -> stats.Interval:
+        wide = points.assign(speedup_low=gain - half, speedup_high=gain + half)
+        return correlation_of_gains(wide.head(count))
+
+    assert correlation(1e-6)[:3] == pytest.approx((1, 1, 1))
+    assert correlation(0.5).low < 0.5
+    assert np.isnan(correlation(1e-6, count=4).low), "four points are in order by chance once in 24 times"
+    assert correlation_in_words(correlation(1e-6, count=4)) == "Spearman 1.00"
 
 
 def test_kinds_of_cuts() -> None:

@@ -346,6 +346,7 @@ def _records(
             if rank.first and t.timelines:
                 typical = int(np.argmin(np.abs(np.array(times_ms) - q50)))  # the trace is that of the most usual call
                 name = f"{number:02d}-{t.case.method}-{t.entrant.cut or 'whole'}-{point.ranks}x{point.seq_len}"
+                name += f"-{point.kernel}-{point.dtype}"
                 ratio = "" if point.link_ratio is None else f"-rho{point.link_ratio:g}"
                 t.timelines[typical].to_chrome_trace(Path(job.folder) / "traces" / f"{name}{ratio}.json")
         found[t.case] = record

@@ -69,6 +69,15 @@ class Record:
     share_of_best: float | None = None  # of a kernel's rate at the most heads, or of a copy's ceiling
 
 
+def derived_gbps(found: list[dict[str, Any]], ranks: int) -> dict[float, float]:
+    """The bandwidth that each link ratio came to on so many ranks, for the run that goes on from these records."""
+    return {
+        r["link_ratio"]: r["link_gbps"]
+        for r in found
+        if r["world_size"] == ranks and r["link_ratio"] and r["link_gbps"]
+    }
+
+
 class RecordFile:
     """Appends records to `records.jsonl` as cases finish, so that a run that dies keeps what it had.
 

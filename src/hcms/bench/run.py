@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from hcms.bench.cases import device_of, link_of
-from hcms.bench.config import Config
+from hcms.bench.config import Config, UsageError
 from hcms.bench.environment import environment
 from hcms.bench.launch import RankFailed
 from hcms.hardware import hardware
@@ -37,17 +37,23 @@ def run_recorded(module: ModuleType, cfg: Config, folder: Path) -> bool:
     try:
         with _mirrored(folder, cfg, env) as mirror:
             ok = module.run(cfg, folder)
-            figures, tables = _draw(cfg.name, folder), _tabulate(cfg.name, folder)
+            # Before anything is drawn: what was measured stays, whatever a picture of it comes to.
+            env["wall_s"] = round(perf_counter() - began_s, 1)
+            _write(folder / "env.json", env)
+            latest = folder.parent / "latest"
+            if latest.is_symlink() or not latest.exists():
+                latest.unlink(missing_ok=True)
+                latest.symlink_to(folder.name)
+            figures, tables = [], []
+            try:
+                figures, tables = _draw(cfg.name, folder), _tabulate(cfg.name, folder)
+            except UsageError as error:
+                ok = False
+                print(f"error: nothing to draw: {error}", file=sys.stderr)
             mirror.finish(figures)
     except RankFailed as failure:
         print(f"\n{failure}\n\nerror: the run failed; its log and its records so far are in {shown}", file=sys.stderr)
         return False
-    env["wall_s"] = round(perf_counter() - began_s, 1)
-    _write(folder / "env.json", env)
-    latest = folder.parent / "latest"
-    if latest.is_symlink() or not latest.exists():
-        latest.unlink(missing_ok=True)
-        latest.symlink_to(folder.name)
     print(f"wrote {shown}/{'records.jsonl' if (folder / 'records.jsonl').exists() else ''}")
     for path in (*figures, *tables):
         print(f"wrote {os.path.relpath(path)}")

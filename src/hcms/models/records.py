@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hcms.bench.records import Record
+from hcms.models.config import ModelConfig
+from hcms.models.sizes import ClipShape
 
 RESAMPLES = 2000
 INTERVAL = (2.5, 97.5)  # per cent
@@ -57,6 +60,22 @@ class ClipRecord(Record):
     plain_max_abs_err: float | None = None  # of the last latents, against the unchanged pipeline on one rank
     plain_bitwise_equal: bool | None = None
     assumed: list[str] | None = None  # by a prediction
+
+
+def of_clip(model: ModelConfig, clip: ClipShape) -> dict[str, Any]:
+    """The fields of a record that say which clip is made, and of which model."""
+    return {
+        "frames": clip.latent_frames,
+        "num_frames": clip.frames,
+        "width": clip.width,
+        "height": clip.height,
+        "steps": model.steps,
+        "guidance": model.guidance,
+        "guidance_2": model.guidance_2,
+        "flow_shift": model.flow_shift,
+        "experts": model.experts,
+        "layers": int(model.transformer["num_layers"]),
+    }
 
 
 def against_ulysses(records: list[ClipRecord], seed: int) -> None:

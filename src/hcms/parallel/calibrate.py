@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -16,7 +16,7 @@ from hcms.parallel.exchange import HeadExchange, LayerShape
 from hcms.schedule.profile import Profile, fit
 from hcms.schedule.schedule import serial
 
-_REPEATS = 4
+_ROUNDS, _REPEATS = 2, 2
 _CHUNKS_OF_HEADS = (1, 2, 3, 5, 10)
 
 
@@ -32,16 +32,18 @@ def calibrate(
 ) -> Profile:
     """The profile of one layer shape on a group's ranks. Collective; every rank returns rank 0's profile.
 
-    Runs whole exchanges of chunks of 1, 2, 3, 5, 10 and all M heads, piece by piece, and takes medians of the slowest
-    rank. It costs about a dozen attention calls; buffers are freed when it returns.
+    Runs whole exchanges of chunks of 1, 2, 3, 5, 10 and all M heads, piece by piece, and takes low medians of the
+    slowest rank. It costs about two dozen attention calls; buffers are freed when it returns.
     """
     measuring = _Measuring(group, device)
     P, M = measuring.ranks, shape.heads // measuring.ranks
     sizes = sorted({h for h in _CHUNKS_OF_HEADS if h < M} | {M})
-    for m in sizes:
-        _measure_chunk(measuring, shape, m, dtype, kernel, heads_first, smallest=m == sizes[0], whole=m == M)
-    if P > 1:
-        _measure_ring(measuring, shape, dtype, kernel)
+    # In rounds, so that a disturbance of a second or two spoils one round of a size and not all that is known of it.
+    for _ in range(_ROUNDS):
+        for m in sizes:
+            _measure_chunk(measuring, shape, m, dtype, kernel, heads_first, smallest=m == sizes[0], whole=m == M)
+        if P > 1:
+            _measure_ring(measuring, shape, dtype, kernel)
     by_rank: list[Any] = [None] * P
     dist.all_gather_object(by_rank, measuring.samples, group=group)
     slowest = [
@@ -100,7 +102,7 @@ class _Measuring:
         self.samples += [{"op": op, "ms": ms, **size} for ms in times_ms]
         return min(times_ms)
 
-    def slowest_ms(self, times_ms: list[float]) -> float:
+    def slowest_ms(self, times_ms: Sequence[float]) -> float:
         """The least, over repeats, of the slowest rank's time: ranks that share a core take turns in being last."""
         by_rank: list[Any] = [None] * self.ranks
         dist.all_gather_object(by_rank, times_ms, group=self.group)
@@ -195,8 +197,9 @@ def _measure_interference(
             work.wait()
         return took_ms
 
-    alone_ms = [measuring.once_ms(lambda: kernel.attend(*qkv)) for _ in range(_REPEATS)]
-    beside_ms = [attend_beside() for _ in range(_REPEATS)]
+    alone_ms, beside_ms = zip(
+        *((measuring.once_ms(lambda: kernel.attend(*qkv)), attend_beside()) for _ in range(_REPEATS)), strict=True
+    )
     measuring.synchronize()
     overlap = min(1.0, exchange_ms / attend_ms)
     slowdown = 1 + (measuring.slowest_ms(beside_ms) / measuring.slowest_ms(alone_ms) - 1) / overlap

@@ -8,8 +8,16 @@ import numpy as np
 import pandas as pd
 
 from hcms.report import parts, style
-from hcms.report.claims import fixed_cuts, gain_at, gains, percent, ratio_gains
-from hcms.report.stats import fastest, measured, rank_correlation, speedups
+from hcms.report.claims import (
+    correlation_in_words,
+    correlation_of_gains,
+    fixed_cuts,
+    gain_at,
+    gains,
+    percent,
+    ratio_gains,
+)
+from hcms.report.stats import fastest, measured, speedups
 from hcms.schedule.closed_form import speedup_limit, two_lane_speedup
 
 if TYPE_CHECKING:
@@ -53,8 +61,7 @@ def verdicts(records: pd.DataFrame) -> list[str]:
     points = ratio_gains(records)
     words = []
     if len(points) >= 3:
-        found = rank_correlation(points["comm_ratio"].tolist(), points["speedup"].tolist())
-        words.append(f"Spearman {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]".replace("-", "−"))
+        words.append(correlation_in_words(correlation_of_gains(points)))
     words.append(_read_off("over Ulysses", points, MARKS))
     words.append(_read_off("over packed", gains(records, "ulysses-packed"), STRONGER_AT))
     more = [f"n = {int(measured(records)['n'].min())}"]

@@ -130,7 +130,9 @@ class MeasuredPoint:
         others = [m for m in times_ms if m != self.taken]
         rival = min(others, key=lambda m: times_ms[m])
         lead = ratio_of_medians(best[rival]["times_ms"], best[self.taken]["times_ms"])
-        self.clear = self.taken == "ulysses" or lead.low > 1
+        # Ulysses is taken where nothing beats it by WORTH: clear if the best rival surely does not.
+        gain = ratio_of_medians(best["ulysses"]["times_ms"], best[rival]["times_ms"])
+        self.clear = gain.high < 1 + WORTH if self.taken == "ulysses" else lead.low > 1
         cut = tuple(map(int, str(best["hcms"]["cut"]).split("-")))
         attention_ms = float(serial_case["attention_ms"])
         self.overhead = {

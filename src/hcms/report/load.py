@@ -141,17 +141,19 @@ def committed(exp: str, root: Path = ROOT) -> dict[str, pd.DataFrame]:
 
 
 def committed_runs(exp: str, root: Path = ROOT) -> list[pd.DataFrame]:
-    """Records of the committed reference runs of an experiment, in the order of their slugs."""
-    return list(committed(exp, root).values())
+    """Records of the committed reference runs of an experiment, the newest first."""
+    tables = committed(exp, root).values()
+    return sorted(tables, key=lambda table: str(environment(table.attrs["folder"]).get("started", "")), reverse=True)
 
 
 def newest_runs(exp: str, root: Path = ROOT) -> list[pd.DataFrame]:
-    """The committed reference runs, with this machine's newest run in the place of the one of the same hardware."""
-    found, own = committed(exp, root), _own(exp, root)
-    if own:
-        table = records(own)
-        found |= {str(table["hardware"].iloc[0]): table}
-    return list(found.values())
+    """This machine's newest run, then the committed ones of other hardware, the newest first."""
+    folder = _own(exp, root)
+    if folder is None:
+        return committed_runs(exp, root)
+    own = records(folder)
+    slug = str(own["hardware"].iloc[0])
+    return [own, *(run for run in committed_runs(exp, root) if Path(run.attrs["folder"]).parent.name != slug)]
 
 
 def plan(cut: str | None) -> str | None:

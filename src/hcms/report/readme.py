@@ -18,7 +18,7 @@ from hcms.bench.config import UsageError
 from hcms.report import ROOT
 from hcms.report.claims import table1
 from hcms.report.load import committed_folders, committed_runs, environment, hardware_name, records
-from hcms.report.table5 import table5
+from hcms.report.table5 import leads
 from hcms.report.tables import to_markdown
 
 NOT_YET = "not run yet"
@@ -94,9 +94,12 @@ def figures(root: Path = ROOT) -> str:
 
 
 def comparison(root: Path = ROOT) -> str:
-    """Peers beside ours: Table 5 of the committed records, one for each hardware that has it."""
-    tables = [table5(run) for run in committed_runs("table5", root)]
-    return "\n".join(f"{to_markdown(t)}\n{t.attrs['caption']}\n" for t in tables) or f"Table 5: {NOT_YET}.\n"
+    """Who is ahead of which peer: a row a point of every committed run of Table 5."""
+    runs = committed_runs("table5", root)
+    if not runs:
+        return f"Table 5: {NOT_YET}.\n"
+    rows = [leads(run).assign(on=hardware_name(run.attrs["folder"])) for run in runs]
+    return to_markdown(pd.concat(rows, ignore_index=True))
 
 
 def hardware(root: Path = ROOT) -> str:
@@ -153,7 +156,7 @@ def _time(exp: str, root: Path) -> str:
         if wall_s is not None:
             taken[hardware_name(folder)] = _duration(float(wall_s))
     if not taken:
-        return "–" if committed_folders(exp, root) else NOT_YET
+        return "–" if committed_folders(exp, root) or (root / "paper_tables" / f"{exp}.md").is_file() else NOT_YET
     if len(taken) == 1:
         return next(iter(taken.values()))
     return "; ".join(f"{time} ({name})" for name, time in taken.items())

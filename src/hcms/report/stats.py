@@ -46,27 +46,17 @@ def ratio_of_medians(base_ms: ArrayLike, ours_ms: ArrayLike) -> Interval:
     return Interval(value, float(found.low), float(found.high), n)
 
 
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Interval:
-    """Spearman's correlation of two measured series, resampled by pairs."""
-    from scipy.stats import bootstrap, rankdata
+def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's correlation; 0 where one of the two is flat, since a flat series has no order."""
+    from scipy.stats import rankdata
 
-    xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if len(xs) < 3:
-        return Interval(float("nan"), float("nan"), float("nan"), len(xs))
+    a, b = rankdata(x), rankdata(y)
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
-    def correlation(a: Any, b: Any, axis: int) -> Any:
-        a, b = rankdata(a, axis=axis), rankdata(b, axis=axis)
-        a, b = a - a.mean(axis=axis, keepdims=True), b - b.mean(axis=axis, keepdims=True)
-        spread = np.sqrt((a**2).sum(axis=axis) * (b**2).sum(axis=axis))
-        # A flat series (one pair drawn again and again) has no order, so it counts as uncorrelated.
-        return (a * b).sum(axis=axis) / np.where(spread > 0, spread, 1)
 
-    whole = float(correlation(xs, ys, axis=0))
-    found = bootstrap(
-        (xs, ys), correlation, paired=True, method="percentile", n_resamples=RESAMPLES, confidence_level=LEVEL,
-        rng=0,
-    ).confidence_interval  # fmt: skip
-    return Interval(whole, float(found.low), float(found.high), len(xs))
+def point_columns(records: pd.DataFrame) -> list[str]:
+    """`POINT`, and the run where records of several are in one table: those were not timed against each other."""
+    return [*POINT, "run"] if "run" in records else POINT
 
 
 def speedups(records: pd.DataFrame, over: str | Sequence[str]) -> pd.DataFrame:
@@ -83,7 +73,7 @@ def speedups(records: pd.DataFrame, over: str | Sequence[str]) -> pd.DataFrame:
     cases = measured(records)
     wanted = [over] if isinstance(over, str) else list(over)
     rows: list[dict[Any, Any]] = []
-    for _, point in cases.groupby(POINT, dropna=False, sort=False):
+    for _, point in cases.groupby(point_columns(cases), dropna=False, sort=False):
         bases = point[point["method"].isin(wanted)].sort_values("latency_ms")
         if bases.empty:
             continue
@@ -109,7 +99,7 @@ def measured(records: pd.DataFrame) -> pd.DataFrame:
 def fastest(cases: pd.DataFrame, method: str = "hcms") -> pd.DataFrame:
     """Of a method's cases the one with the least latency at each point."""
     kept = cases[cases["method"] == method].sort_values("latency_ms", kind="stable")
-    return kept.drop_duplicates(POINT).sort_index()
+    return kept.drop_duplicates(point_columns(kept)).sort_index()
 
 
 def interpolated(x: Sequence[float], y: Sequence[float], at: float) -> float | None:

@@ -26,7 +26,10 @@ def table5(records: pd.DataFrame) -> pd.DataFrame:
     """
     good = measured(records)
     points = _points(good)
-    rows = [*_leads(points), *_contestants(_cases(records), points, good["seq_len"].max())]
+    told = {label: _lead(point) for label, point in points.items()}
+    names = dict.fromkeys(name for lead in told.values() for name in lead)
+    ahead = [{"": name} | {label: lead.get(name) for label, lead in told.items()} for name in names]
+    rows = [*ahead, *_contestants(_cases(records), points, good["seq_len"].max())]
     table = pd.DataFrame(rows, columns=["", "version", *points, "MiB", "max error", "bitwise", "check"])
     rounds = sorted({int(n) for n in good["n"]})
     table.attrs["caption"] = (
@@ -47,32 +50,42 @@ def is_peer_ring(method: str) -> bool:
     return method.startswith(PEER) and ("ring" in method or "context-parallel" in method)
 
 
-def _leads(points: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
-    """Rows that say, point by point, who is ahead of whom."""
-    rows: dict[str, dict[str, Any]] = {}
+def leads(records: pd.DataFrame) -> pd.DataFrame:
+    """A row a point: who is ahead of whom there and by how much, without the contestants' own figures."""
+    rows = []
+    for point in _points(measured(records)).values():
+        first = _cases(point)[0]
+        ranks = int(first["world_size"])
+        place = {
+            "ranks": ranks,
+            "heads a rank": int(first["heads"]) // ranks,
+            "tokens": f"{int(first['seq_len']):,}",
+            "ρ": f"{first['comm_ratio']:.2f}",
+            "n": int(first["n"]),
+        }
+        rows.append(place | _lead(point))
+    return pd.DataFrame(rows)
 
-    def put(row: str, label: str, text: str) -> None:
-        rows.setdefault(row, {"": row})[label] = text
 
-    for label, point in points.items():
-        cases = _cases(point)
-        peer, ring = _fastest(cases, is_peer_ulysses), _fastest(cases, is_peer_ring)
-        whole, auto = _fastest(cases, WHOLE.__contains__), _fastest([c for c in cases if _cut(c) == "auto"])
-        chunked = _fastest([c for c in cases if _cut(c) != "auto"], CHUNKED.__contains__)
-        if peer:
-            put("fastest peer Ulysses", label, _name(peer))
-        for row, ours, base in (
-            ("our Ulysses over it", whole, peer),
-            ("our best HCMS over it", chunked, peer),
-            ("our auto over it", auto, peer),
-            ("our best HCMS over the fastest peer ring", chunked, ring),
-        ):
-            if ours and base:
-                against = f" / {_name(base)}" if base is ring else ""
-                put(row, label, f"{_name(ours)}{against}: {_times(base, ours)}")
-        if chunked and pd.notna(chunked["hidden_fraction"]):
-            put("communication that HCMS hides", label, f"{chunked['hidden_fraction']:.0%}".replace("%", " %"))
-    return list(rows.values())
+def _lead(point: pd.DataFrame) -> dict[str, str]:
+    """Who is ahead of whom at a point, in words."""
+    cases = _cases(point)
+    peer, ring = _fastest(cases, is_peer_ulysses), _fastest(cases, is_peer_ring)
+    whole, auto = _fastest(cases, WHOLE.__contains__), _fastest([c for c in cases if _cut(c) == "auto"])
+    chunked = _fastest([c for c in cases if _cut(c) != "auto"], CHUNKED.__contains__)
+    told = {"fastest peer Ulysses": _name(peer)} if peer else {}
+    for row, ours, base in (
+        ("our Ulysses over it", whole, peer),
+        ("our best HCMS over it", chunked, peer),
+        ("our auto over it", auto, peer),
+        ("our best HCMS over the fastest peer ring", chunked, ring),
+    ):
+        if ours and base:
+            against = f" / {_name(base)}" if base is ring else ""
+            told[row] = f"{_name(ours)}{against}: {_times(base, ours)}"
+    if chunked and pd.notna(chunked["hidden_fraction"]):
+        told["communication that HCMS hides"] = f"{chunked['hidden_fraction']:.0%}".replace("%", " %")
+    return told
 
 
 def _contestants(cases: list[Case], points: Mapping[str, pd.DataFrame], longest: int) -> list[dict[str, Any]]:

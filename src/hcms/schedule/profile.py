@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import yaml
@@ -254,7 +254,7 @@ def fit(
     sms: int | None = None,
     ports: int = 1,
 ) -> Profile:
-    """A profile from measured samples, each the time of the slowest rank; medians where a size was measured often.
+    """A profile from measured samples, each the time of the slowest rank; low medians where a size was measured often.
 
     Args:
         samples: mappings with `op` and, by op:
@@ -301,9 +301,11 @@ def fit(
         pack_ms_per_gb=pack,
         unpack_ms_per_gb=_ms_per_gb(by_op["unpack"], pack),
         merge_ms_per_gb=_ms_per_gb(by_op["merge"], 2 * pack),
-        host_ms=median([s["ms"] for s in by_op["host"]] or [0.0]),
-        attention_slowdown=max(1.0, median([s["attention_slowdown"] for s in by_op["interference"]] or [1.0])),
-        communication_slowdown=max(1.0, median([s["communication_slowdown"] for s in by_op["interference"]] or [1.0])),
+        host_ms=median_low([s["ms"] for s in by_op["host"]] or [0.0]),
+        attention_slowdown=max(1.0, median_low([s["attention_slowdown"] for s in by_op["interference"]] or [1.0])),
+        communication_slowdown=max(
+            1.0, median_low([s["communication_slowdown"] for s in by_op["interference"]] or [1.0])
+        ),
         sms=sms,
         ports=ports,
     )
@@ -326,11 +328,11 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 
 
 def _medians(samples: list[Mapping[str, Any]], *keys: str) -> dict[tuple[Any, ...], float]:
-    """Median ms for each size."""
+    """Median ms for each size; of an even number the lower, since what disturbs a measurement makes it longer."""
     by_size: dict[tuple[Any, ...], list[float]] = {}
     for sample in samples:
         by_size.setdefault(tuple(sample[key] for key in keys), []).append(float(sample["ms"]))
-    return {size: median(times) for size, times in by_size.items()}
+    return {size: median_low(times) for size, times in by_size.items()}
 
 
 def _ms_per_gb(samples: list[Mapping[str, Any]], otherwise: float) -> float:
