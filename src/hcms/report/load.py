@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,8 @@ def config(path: Path | str) -> dict[str, Any]:
 def newest(exp: str, root: Path = ROOT) -> Path:
     """The folder of an experiment's newest records: `outputs/<exp>/latest`, else the newest committed reference run.
 
+    A variant (another link, other sizes) stands for its experiment only where there is nothing else.
+
     Raises:
         UsageError: neither exists; the message says which command makes one.
     """
@@ -126,7 +129,7 @@ def newest(exp: str, root: Path = ROOT) -> Path:
     folders = committed_folders(exp, root)
     if not folders:
         raise UsageError(f"no records of {exp} yet: run python experiments/run.py +exp={exp}")
-    return max(folders.values(), key=lambda folder: str(environment(folder).get("started", "")))
+    return min(folders.values(), key=_place)
 
 
 def committed_folders(exp: str, root: Path = ROOT) -> dict[str, Path]:
@@ -141,9 +144,8 @@ def committed(exp: str, root: Path = ROOT) -> dict[str, pd.DataFrame]:
 
 
 def committed_runs(exp: str, root: Path = ROOT) -> list[pd.DataFrame]:
-    """Records of the committed reference runs of an experiment, the newest first."""
-    tables = committed(exp, root).values()
-    return sorted(tables, key=lambda table: str(environment(table.attrs["folder"]).get("started", "")), reverse=True)
+    """Records of the committed reference runs of an experiment, the newest first, variants last."""
+    return [records(folder) for folder in sorted(committed_folders(exp, root).values(), key=_place)]
 
 
 def newest_runs(exp: str, root: Path = ROOT) -> list[pd.DataFrame]:
@@ -159,6 +161,14 @@ def newest_runs(exp: str, root: Path = ROOT) -> list[pd.DataFrame]:
 def plan(cut: str | None) -> str | None:
     """The cut that was asked for: `"auto:1-3-1"`, chosen on the machine, is `"auto"` on every machine."""
     return "auto" if isinstance(cut, str) and cut.startswith("auto") else cut
+
+
+def _place(folder: Path) -> tuple[bool, float]:
+    """Sorts committed runs: the newest first, variants last."""
+    env = environment(folder)
+    started = env.get("started")
+    is_variant = (env.get("hardware") or {}).get("slug", folder.parent.name) != folder.parent.name
+    return is_variant, -datetime.fromisoformat(started).timestamp() if started else 0.0
 
 
 def _own(exp: str, root: Path) -> Path | None:
