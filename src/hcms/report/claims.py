@@ -19,7 +19,7 @@ from hcms.report import ROOT
 from hcms.report.load import newest_runs
 from hcms.report.parts import hardware_name
 from hcms.report.stats import RESAMPLES, Interval, fastest, interpolated, measured, rank_correlation, speedups
-from hcms.schedule.closed_form import two_lane_speedup
+from hcms.schedule.closed_form import speedup_limit, two_lane_speedup
 
 HOLDS, SHOWN, PART, FAILS = "holds", "mechanism shown", "in part", "does not hold"
 UNTOLD = "cannot be told"
@@ -152,6 +152,11 @@ def gains(table: pd.DataFrame, base: str) -> pd.DataFrame:
     best = fastest(speedups(fixed_cuts(table), base))
     best.attrs = dict(table.attrs)
     return best
+
+
+def beyond_overlap(case: pd.Series) -> bool:
+    """Whether a gain is surely above what hiding all communication would give, so that another cause has a part."""
+    return float(case["speedup_low"]) > speedup_limit(float(case["comm_ratio"]))
 
 
 def _interval(case: pd.Series) -> Interval:
@@ -358,7 +363,11 @@ def _kernels(claim: Claim, read: Read) -> Finding:
     families = {str(kernel).split("-")[0] for kernel in found["kernel"]}
     verdict = FAILS if wrong or not gain else HOLDS if {"flash", "sdpa"} <= families else PART
     cases = found.sort_values("kernel").to_dict("records")
-    words = "; ".join(f"{case['kernel']} {_with_interval(_interval(pd.Series(case)))}" for case in cases)
+    words = "; ".join(
+        f"{case['kernel']} {_with_interval(_interval(pd.Series(case)))}"
+        + (" (more than overlap can give: smaller calls are faster)" if beyond_overlap(pd.Series(case)) else "")
+        for case in cases
+    )
     return Finding(words, _place(found), _rounds(found), NONE, verdict)
 
 

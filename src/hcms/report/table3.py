@@ -6,7 +6,7 @@ import pandas as pd
 
 from hcms.bench.cases import KERNELS
 from hcms.report import parts
-from hcms.report.claims import fixed_cuts, gains, percent
+from hcms.report.claims import beyond_overlap, fixed_cuts, gains, percent
 from hcms.report.stats import measured, speedups
 from hcms.schedule import catalogue
 from hcms.schedule.advice import advise
@@ -57,10 +57,14 @@ def table3(records: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(rows).reindex(columns=[*order, "predicted elsewhere"])
     table["bitwise"] = table["bitwise"].astype(object).where(table["bitwise"].notna(), None)
     layer = PREDICTED_FOR
+    beyond = [str(case["kernel"]) for _, case in best.reset_index().iterrows() if beyond_overlap(case)]
+    note = (
+        f" {', '.join(beyond)}: more than overlap can give at this ρ, since smaller calls are faster." if beyond else ""
+    )
     table.attrs["caption"] = (
         f"{parts.where(ran)}, {parts.layer(ran, kernel=False)}, n = {int(ran['n'].min())}; one link for all kernels, "
         f"so a slower kernel has a lower ρ. 95 % intervals in brackets. Predicted: gain over the faster Ulysses on "
-        f"{layer.ranks} GPUs, {layer.seq_len:,} tokens, from the catalogue, for kernels that did not run here."
+        f"{layer.ranks} GPUs, {layer.seq_len:,} tokens, from the catalogue, for kernels that did not run here.{note}"
     )
     return table
 
