@@ -32,8 +32,9 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hcms.bench.cases import device_of
 from hcms.bench.config import Config, UsageError
-from hcms.hardware import visible_gpus
+from hcms.hardware import hardware, visible_gpus
 from hcms.report.wandb_mirror import MODES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,6 +147,8 @@ def check(module: ModuleType, cfg: Config) -> None:
         raise UsageError(f"profile={cfg.profile}: no such file; +exp=calibrate writes one, and null measures anew")
     if cfg.resume is not None and not (Path(cfg.resume) / "records.jsonl").is_file():
         raise UsageError(f"resume={cfg.resume}: no records.jsonl there; give the folder of an earlier run")
+    if cfg.resume is not None:
+        _check_same_run(cfg)
     module.validate(cfg)
     if not getattr(module, "WRITES", True):
         return
@@ -158,6 +161,21 @@ def check(module: ModuleType, cfg: Config) -> None:
     except OSError as error:
         why = error.strerror or str(error)
         raise UsageError(f"output={cfg.output}: no folder to write to ({why}); give one that can be made") from None
+
+
+def _check_same_run(cfg: Config) -> None:
+    """Refuse to go on in the folder of another experiment or other hardware, or among the committed records."""
+    from hcms.report.load import config, environment
+
+    folder = Path(str(cfg.resume))
+    if (ROOT / "paper_tables") in folder.resolve().parents:
+        raise UsageError(f"resume={cfg.resume}: committed records stay as they are; give a run's folder under outputs/")
+    theirs = config(folder).get("name", cfg.name)
+    if theirs != cfg.name:
+        raise UsageError(f"resume={cfg.resume}: that is a run of {theirs}, not of {cfg.name}; give +exp={theirs}")
+    slug, here = (environment(folder).get("hardware") or {}).get("slug"), hardware(device_of(cfg)).slug
+    if slug not in (None, here):
+        raise UsageError(f"resume={cfg.resume}: that run was made on {slug}, and this is {here}; start a new one")
 
 
 def with_gpus(overrides: list[str]) -> list[str]:

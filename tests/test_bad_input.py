@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -210,3 +211,10 @@ def test_with_hydras_own_flags(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "error: ranks=3: 10 heads cannot be divided among 3 ranks; give one of [1, 2, 5, 10]\n"
+
+
+def test_a_run_goes_on_only_in_its_own_folder(refused: Refused, tmp_path: Path) -> None:
+    committed = Path(__file__).parent.parent / "paper_tables" / "records" / "cpu-intel-xeon-processor-2c" / "fig4"
+    elsewhere = shutil.copytree(committed, tmp_path / "of-another-experiment")
+    assert "committed records stay as they are" in refused(f"+exp=fig4 resume={committed}")
+    assert "that is a run of fig4, not of fig3" in refused(f"+exp=fig3 resume={elsewhere}")

@@ -88,7 +88,7 @@ def _derive_gbps(rank: Rank, job: Job, point: Point, ratio: float) -> float:
         if wire_ms <= 0:
             raise UsageError(
                 f"link.ratio={ratio}: this machine's own exchange already takes {lowest:.3f} at {point.seq_len} tokens "
-                f"on {point.ranks} ranks; give a larger ratio"
+                f"on {point.ranks} ranks; give a larger ratio, or lowest"
             )
         attention_ms, communication_ms = median_times_ms(nbytes / wire_ms / 1e6)
         wire_ms += attention_ms * ratio / (1 - ratio) - communication_ms
