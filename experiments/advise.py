@@ -13,12 +13,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hcms.bench.cases import as_list
-from hcms.bench.config import Config, UsageError
 from hcms.schedule import catalogue
 from hcms.schedule.advice import LITTLE, USE, Advice, advise
 from hcms.schedule.cost import Workload
-from hcms.schedule.plan import format_cut
+from hcms.schedule.cut import format_cut
+from hcms_lab.ground.config import Config
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.measure.cases import as_list
 
 WRITES = False
 WIDTH = 144  # where the output is no terminal

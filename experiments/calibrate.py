@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hcms.bench.cases import device_of, link_of, points
-from hcms.bench.config import Config, UsageError
+from hcms_lab.ground.config import Config
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.measure.cases import device_of, link_of, points
 
 
 def validate(cfg: Config) -> None:
@@ -26,9 +27,9 @@ def validate(cfg: Config) -> None:
 
 def run(cfg: Config, folder: Path) -> bool:
     """Calibrate at every length, settle the link at the longest, and write the profile."""
-    from hcms.bench.launch import launch
-    from hcms.bench.measure import Job
     from hcms.schedule.profile import load
+    from hcms_lab.measure.launch import launch
+    from hcms_lab.measure.measure import Job
 
     device, link, grid = device_of(cfg), link_of(cfg), points(cfg)
     ranks = grid[0].ranks
@@ -50,8 +51,8 @@ def run(cfg: Config, folder: Path) -> bool:
 def _on_rank(rank: Any, job: Any) -> None:
     import torch
 
-    from hcms.bench.link import settle
-    from hcms.bench.measure import point_profile
+    from hcms_lab.measure.link import settle
+    from hcms_lab.measure.measure import point_profile
 
     job = replace(job, predict=True, profile=None)  # a profile is what is wanted, and measured
     gbps_of_ratio: dict[float, float] = {}

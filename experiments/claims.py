@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from hcms.bench.config import Config
+from hcms_lab.ground.config import Config
 
 WRITES = False
 
@@ -18,7 +18,7 @@ def validate(cfg: Config) -> None:
 
 def run(cfg: Config, folder: Path | None) -> bool:
     """Print table 1 on the terminal."""
-    from hcms.report.claims import table1
+    from hcms_lab.report.claims import table1
 
     found = table1()
     shown = Table(title="the paper's claims and ours", caption=found.attrs["caption"], show_lines=True)

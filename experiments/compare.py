@@ -15,10 +15,10 @@ import os
 import sys
 from pathlib import Path
 
-from hcms.bench.config import UsageError
-from hcms.report import style
-from hcms.report.compare import compare, file_name, find, load
-from hcms.report.tables import to_markdown, write_table
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.report import style
+from hcms_lab.report.compare import compare, file_name, find, load
+from hcms_lab.report.tables import to_markdown, write_table
 
 
 def main(argv: list[str] | None = None) -> int:

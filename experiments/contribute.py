@@ -16,9 +16,9 @@ import os
 import sys
 from pathlib import Path
 
-from hcms.bench.config import UsageError
-from hcms.report.contribute import place, problems
-from hcms.report.load import records
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.load import records
+from hcms_lab.report.contribute import place, problems
 
 
 def main(argv: list[str] | None = None) -> int:

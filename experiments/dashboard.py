@@ -18,9 +18,9 @@ from typing import NoReturn
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hcms.report import ROOT
-from hcms.report.dashboard import as_json, report, workspace
-from hcms.report.wandb_mirror import reach
+from hcms_lab.ground.paths import ROOT
+from hcms_lab.report.dashboard import as_json, report, workspace
+from hcms_lab.report.wandb_mirror import reach
 
 DRY_RUN = "python experiments/dashboard.py --dry-run shows what would be saved without one"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from time import perf_counter
 
 from hcms.hardware import visible_gpus
-from hcms.report import ROOT
+from hcms_lab.ground.paths import ROOT
 
 LINKS = {"fast": {}, "slow": {"NCCL_P2P_DISABLE": "1"}}
 EXPERIMENTS = ("calibrate", "fig3", "fig4", "fig2", "fig5", "fig8", "table2", "table3", "table5", "fig7")

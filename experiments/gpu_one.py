@@ -94,10 +94,10 @@ def main() -> int:
         return 2
     import torch.distributed as dist
 
-    from hcms.bench import one_gpu
-    from hcms.bench.environment import environment
-    from hcms.bench.records import Record, RecordFile
     from hcms.hardware import hardware
+    from hcms_lab.ground.records import Record, RecordFile
+    from hcms_lab.measure import one_gpu
+    from hcms_lab.measure.environment import environment
 
     folder: Path = args.output
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def main() -> int:
     dist.init_process_group("nccl", rank=0, world_size=1, device_id=torch.device("cuda", 0))
 
     def wan(slug: str) -> Iterator[Record]:
-        from hcms.models.one_gpu import one_gpu_steps
+        from hcms_lab.measure.wan.one_gpu import one_gpu_steps
 
         yield from one_gpu_steps(slug)
 

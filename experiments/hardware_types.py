@@ -10,13 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hcms.bench.cases import as_list
-from hcms.bench.config import Config, UsageError
-from hcms.bench.records import Record, RecordFile
 from hcms.schedule import catalogue
 from hcms.schedule.advice import Advice, advise
 from hcms.schedule.cost import Workload
-from hcms.schedule.plan import format_cut
+from hcms.schedule.cut import format_cut
+from hcms_lab.ground.config import Config
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.records import Record, RecordFile
+from hcms_lab.measure.cases import as_list
 
 MEASURED_IN = ("fig3", "fig4")  # the experiments that tell a hardware's gain over lengths and ranks
 
@@ -130,7 +131,7 @@ def _records(cfg: Config, advice: Advice) -> list[Record]:
 
 def measured_lines(exp: str) -> list[dict[str, Any]]:
     """Records of `MEASURED_IN` of every hardware that has some: this machine's newest and the committed ones."""
-    from hcms.report.load import newest_runs
+    from hcms_lab.ground.load import newest_runs
 
     lines = []
     for name in MEASURED_IN:

@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hcms.bench.cases import METHODS, Point, device_of, points
-from hcms.bench.config import Config, UsageError
+from hcms_lab.ground.config import Config
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.measure.cases import METHODS, Point, device_of, points
 
 TARGET_US = 150.0  # a chunk, on CPU
 _MEASURED = [m for m in METHODS if m not in ("ring", "ceiling")]  # a ring needs a kernel with a log-sum-exp
@@ -31,10 +32,10 @@ def run(cfg: Config, folder: Path) -> bool:
     import numpy as np
     import torch
 
-    from hcms.bench.machinery import FreeAttention, Operations, free_link, host_times_ms, small_inputs
-    from hcms.bench.memory import allocations
-    from hcms.bench.records import Record, RecordFile
     from hcms.hardware import hardware
+    from hcms_lab.ground.records import Record, RecordFile
+    from hcms_lab.measure.machinery import FreeAttention, Operations, free_link, host_times_ms, small_inputs
+    from hcms_lab.measure.memory import allocations
 
     torch.set_num_threads(1)
     file, slug = RecordFile(folder / "records.jsonl"), hardware("cpu").slug

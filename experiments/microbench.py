@@ -10,11 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hcms.bench.cases import PEER, Point, device_of, link_of, points
-from hcms.bench.config import Config, UsageError
-from hcms.bench.progress import progress
-from hcms.bench.records import RecordFile, derived_gbps
 from hcms.hardware import hardware
+from hcms_lab.ground.config import Config
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.records import RecordFile, derived_gbps
+from hcms_lab.measure.cases import PEER, Point, device_of, link_of, points
+from hcms_lab.measure.progress import progress
 
 
 def grid(cfg: Config) -> list[Point]:
@@ -58,8 +59,8 @@ def run(cfg: Config, folder: Path) -> bool:
     again = {_key(point) for point in todo}
     file.drop(lambda record: _key_of(record) in again)  # first: the W&B mirror reads the file from its first second on
 
-    from hcms.bench.launch import launch
-    from hcms.bench.measure import Job
+    from hcms_lab.measure.launch import launch
+    from hcms_lab.measure.measure import Job
 
     device, link = device_of(cfg), link_of(cfg)
     slug = hardware(device).slug
@@ -84,7 +85,7 @@ def run(cfg: Config, folder: Path) -> bool:
 
 
 def _on_rank(rank: Any, job: Any, ticks: Any) -> None:
-    from hcms.bench.measure import measure
+    from hcms_lab.measure.measure import measure
 
     measure(rank, job, ticks.put)
 

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import nbformat
 
-from hcms.report import ROOT
-from hcms.report.figures import FIGURES, TABLES
-from hcms.report.readme import Experiment, experiments
+from hcms_lab.ground.paths import ROOT
+from hcms_lab.report.figures import FIGURES, TABLES
+from hcms_lab.report.readme import Experiment, experiments
 
 FIGURE = (
     """\
-from hcms.report import load, style
-from hcms.report.figures import FIGURES
+from hcms_lab.ground import load
+from hcms_lab.report import style
+from hcms_lab.report.figures import FIGURES
 
 folder = load.newest("{name}")  # or any run's folder
 records = load.records(folder)""",
@@ -31,9 +32,9 @@ figure""",
 )
 TABLE = (
     """\
-from hcms.report import load
-from hcms.report.figures import TABLES
-from hcms.report.tables import write_table
+from hcms_lab.ground import load
+from hcms_lab.report.figures import TABLES
+from hcms_lab.report.tables import write_table
 
 folder = load.newest("{name}")  # or any run's folder
 records = load.records(folder)""",
@@ -44,8 +45,8 @@ table""",
 )
 CLAIMS = (
     """\
-from hcms.report.figures import TABLES
-from hcms.report.tables import write_table""",
+from hcms_lab.report.figures import TABLES
+from hcms_lab.report.tables import write_table""",
     """\
 table = TABLES["{name}"]()  # reads the newest records of every experiment
 write_table("{name}", table, caption=table.attrs["caption"])

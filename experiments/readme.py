@@ -13,9 +13,9 @@ import difflib
 import sys
 from pathlib import Path
 
-from hcms.bench.config import UsageError
-from hcms.report import ROOT
-from hcms.report.readme import updated
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.paths import ROOT
+from hcms_lab.report.readme import updated
 
 
 def main(argv: list[str] | None = None) -> int:

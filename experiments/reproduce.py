@@ -21,8 +21,8 @@ from pathlib import Path
 from time import perf_counter
 
 from hcms.hardware import visible_gpus
-from hcms.report import ROOT
-from hcms.report.readme import experiments
+from hcms_lab.ground.paths import ROOT
+from hcms_lab.report.readme import experiments
 
 LOGS = ROOT / "outputs" / "reproduce"
 LAST = ("fig6", "table1")  # they read what the others have measured

@@ -32,10 +32,11 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hcms.bench.cases import device_of
-from hcms.bench.config import Config, UsageError
 from hcms.hardware import hardware, visible_gpus
-from hcms.report.wandb_mirror import MODES
+from hcms_lab.ground.config import Config
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.measure.cases import device_of
+from hcms_lab.report.wandb_mirror import MODES
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -165,7 +166,7 @@ def check(module: ModuleType, cfg: Config) -> None:
 
 def _check_same_run(cfg: Config) -> None:
     """Refuse to go on in the folder of another experiment or other hardware, or among the committed records."""
-    from hcms.report.load import config, environment
+    from hcms_lab.ground.load import config, environment
 
     folder = Path(str(cfg.resume))
     if (ROOT / "paper_tables") in folder.resolve().parents:
@@ -189,7 +190,7 @@ def with_gpus(overrides: list[str]) -> list[str]:
 
 @hydra_main(version_base="1.3", config_path=str(CONF), config_name="config")
 def hydra_run(cfg) -> None:
-    from hcms.bench.run import run_recorded
+    from hcms_lab.run import run_recorded
 
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)

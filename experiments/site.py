@@ -11,8 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from hcms.report import ROOT
-from hcms.report.site import build
+from hcms_lab.ground.paths import ROOT
+from hcms_lab.report.page import build
 
 
 def main(argv: list[str] | None = None) -> int:

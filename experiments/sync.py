@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hcms.report.wandb_mirror import PENDING, reach
+from hcms_lab.report.wandb_mirror import PENDING, reach
 
 TIMEOUT_S = 900
 

@@ -12,14 +12,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hcms.bench.cases import CUT_METHODS, DTYPES, KERNELS, METHODS, Case, Point, as_list, device_of, link_of, ranks_of
-from hcms.bench.config import Config, UsageError
-from hcms.bench.progress import progress
-from hcms.bench.records import RecordFile, derived_gbps
+from hcms.clip import ClipShape, Strides, divisors, heads_refusal, listed
 from hcms.hardware import hardware
-from hcms.models.config import ModelConfig
-from hcms.models.sizes import ClipShape, Strides, divisors, heads_refusal, listed
-from hcms.schedule.plan import format_cut, parse_cut
+from hcms.schedule.cut import format_cut, parse_cut
+from hcms_lab.ground.config import Config
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.model_config import ModelConfig
+from hcms_lab.ground.records import RecordFile, derived_gbps
+from hcms_lab.measure.cases import (
+    CUT_METHODS,
+    DTYPES,
+    KERNELS,
+    METHODS,
+    Case,
+    Point,
+    as_list,
+    device_of,
+    link_of,
+    ranks_of,
+)
+from hcms_lab.measure.progress import progress
 
 WRITES = True  # `validate` sets it to False for a dry run, which has nothing to record
 NEEDS = ("diffusers", "transformers", "accelerate", "imageio_ffmpeg")
@@ -57,9 +69,9 @@ def run(cfg: Config, folder: Path | None) -> bool:
     if cfg.dry:
         return dry_run(cfg, model)
     assert folder is not None
-    from hcms.bench.launch import launch
-    from hcms.bench.measure import Job
-    from hcms.models.clips import ClipJob
+    from hcms_lab.measure.launch import launch
+    from hcms_lab.measure.measure import Job
+    from hcms_lab.measure.wan.clips import ClipJob
 
     device, link = device_of(cfg), link_of(cfg)
     file = RecordFile(folder / "records.jsonl")
@@ -105,7 +117,7 @@ def run(cfg: Config, folder: Path | None) -> bool:
 
 
 def _on_rank(rank: Any, clip_job: Any, ticks: Any) -> None:
-    from hcms.models.clips import measure_clips
+    from hcms_lab.measure.wan.clips import measure_clips
 
     measure_clips(rank, clip_job, ticks.put)
 
@@ -156,7 +168,7 @@ def resolved(cfg: Config) -> tuple[ModelConfig, str | None]:
 
 def _as_saved(model: ModelConfig, folder: Path) -> ModelConfig:
     """The model that a folder holds, by its own configuration files."""
-    from hcms.models.folder import refusal
+    from hcms_lab.measure.wan.folder import refusal
 
     if why := refusal(folder):
         raise UsageError(f"weights_path={folder}: {why}")
@@ -194,7 +206,7 @@ def clips_of(cfg: Config, model: ModelConfig) -> list[ClipShape]:
         if not isinstance(frames, int) or isinstance(frames, bool):
             raise UsageError(f"frames={frames}: give a whole number of video frames, 4n + 1")
         try:
-            clips.append(ClipShape(frames, model.height, model.width, Strides.of(model)))
+            clips.append(ClipShape(frames, model.height, model.width, Strides.of(model.transformer, model.vae)))
         except ValueError as error:
             raise UsageError(str(error)) from None
     return clips
@@ -263,7 +275,7 @@ def _check_kernel(cfg: Config, model: ModelConfig) -> None:
 
 
 def _check_hub(source: str) -> None:
-    from hcms.models.folder import hub_refusal
+    from hcms_lab.measure.wan.folder import hub_refusal
 
     if why := hub_refusal(source):
         raise UsageError(
@@ -273,7 +285,7 @@ def _check_hub(source: str) -> None:
 
 
 def _check_memory(cfg: Config, model: ModelConfig, clips: list[ClipShape], all_ranks: list[int]) -> None:
-    from hcms.models.memory import GIB, available_bytes
+    from hcms_lab.measure.wan.memory import GIB, available_bytes
 
     longest = max(clips, key=lambda c: c.tokens)
     needs = {n.ranks: n for n in _needs(cfg, model, longest)}
@@ -293,7 +305,7 @@ def _check_memory(cfg: Config, model: ModelConfig, clips: list[ClipShape], all_r
 
 
 def _needs(cfg: Config, model: ModelConfig, clip: ClipShape) -> list[Any]:
-    from hcms.models.memory import rank_counts
+    from hcms_lab.measure.wan.memory import rank_counts
 
     try:
         return rank_counts(model, clip, sharding=cfg.sharding, guidance=model.guidance > 1, vae_tiling=cfg.vae_tiling)
@@ -303,7 +315,7 @@ def _needs(cfg: Config, model: ModelConfig, clip: ClipShape) -> list[Any]:
 
 def dry_run(cfg: Config, model: ModelConfig) -> bool:
     """Print sizes, traffic and memory a rank for every rank count; False if a wanted one does not fit."""
-    from hcms.models.memory import GIB
+    from hcms_lab.measure.wan.memory import GIB
 
     fits_all = True
     for clip in clips_of(cfg, model):

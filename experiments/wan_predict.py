@@ -10,14 +10,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hcms.bench.cases import as_list
-from hcms.bench.config import Config, UsageError
-from hcms.bench.records import RecordFile
-from hcms.models.config import ModelConfig
-from hcms.models.predict import ASSUMED, ClipPrediction, predict_clip, weights_gb
-from hcms.models.records import ClipRecord, of_clip
-from hcms.models.sizes import ClipShape, heads_refusal
+from hcms.clip import ClipShape, heads_refusal
 from hcms.schedule import catalogue
+from hcms_lab.ground.clip_record import ClipRecord, of_clip
+from hcms_lab.ground.config import Config
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.model_config import ModelConfig
+from hcms_lab.ground.records import RecordFile
+from hcms_lab.measure.cases import as_list
+from hcms_lab.measure.wan.predict import ASSUMED, ClipPrediction, predict_clip, weights_gb
 from wan import clips_of, resolved
 
 METHODS = ("ulysses", "ulysses-packed", "hcms", "ring")

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from hcms.bench.records import Record, RecordFile
+from hcms_lab.ground.records import Record, RecordFile
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 METHODS = ("ulysses", "ulysses-packed", "hcms-serial", "hcms", "ring", "ceiling")
@@ -162,8 +162,8 @@ def make_repository(root: Path) -> Path:
     import matplotlib.pyplot as plt
     import pandas as pd
 
-    from hcms.report import style
-    from hcms.report.tables import write_table
+    from hcms_lab.report import style
+    from hcms_lab.report.tables import write_table
 
     conf = root / "conf" / "exp"
     conf.mkdir(parents=True)

@@ -27,9 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hcms.bench.launch import Rank
 from hcms.kernels import attend_full, kernel
-from hcms.parallel import emulated
+from hcms.links import emulated
+from hcms_lab.measure.launch import Rank
 
 _TIMEOUT_S = 60
 

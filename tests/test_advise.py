@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from hcms.schedule import catalogue, closed_form
+from hcms.schedule import catalogue
 from hcms.schedule.advice import DO_NOT, LITTLE, USE, Advice, advise, scale, verdict
 from hcms.schedule.catalogue import Number
 from hcms.schedule.cost import Workload, WorkloadCosts
 from hcms.schedule.profile import TILE_ROWS
+from hcms_lab.report import closed_form
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT, LONG = 32_400, 57_600  # tokens: 9 and 16 latent frames of 720p

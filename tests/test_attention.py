@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hcms.parallel.attention import METHODS, SequenceParallelAttention, build_schedule
+from hcms.attention import METHODS, SequenceParallelAttention, build_schedule
 from hcms.schedule.schedule import Schedule
 from ranks import Place, error_bound, largest, new_group, on_ranks, own, whole_qkv
 

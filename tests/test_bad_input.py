@@ -156,7 +156,7 @@ def test_an_output_folder_that_may_not_be_written(refused: Refused, tmp_path: Pa
 
 def test_more_ranks_than_gpus(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "device=cuda: no GPU is visible here" in refused("+exp=fig3 device=cuda")
-    monkeypatch.setattr("hcms.bench.cases.visible_gpus", lambda: 4)
+    monkeypatch.setattr("hcms_lab.measure.cases.visible_gpus", lambda: 4)
     assert "ranks=8: only 4 GPUs are visible; give at most that many" in refused("+exp=fig3 device=cuda ranks=8")
     assert "link.kind=emulated: GPUs use their real link" in refused("+exp=fig3 device=cuda link.kind=emulated")
 
@@ -174,7 +174,7 @@ def test_more_ranks_than_gpus(refused: Refused, monkeypatch: pytest.MonkeyPatch)
 )
 def test_a_kernel_that_does_not_fit(refused: Refused, monkeypatch: pytest.MonkeyPatch, setting: str, says: str) -> None:
     """As a machine with GPUs checks it; no rank starts, so none is needed."""
-    monkeypatch.setattr("hcms.bench.cases.visible_gpus", lambda: 2)
+    monkeypatch.setattr("hcms_lab.measure.cases.visible_gpus", lambda: 2)
     assert re.search(says, refused(f"+exp=fig3 device=cuda {setting}"))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hcms.schedule import choose as module
 from hcms.schedule.choose import TIE, Choice, choose
 from hcms.schedule.cost import AttendPoint, IdealCosts, Level, Profile, Workload, WorkloadCosts, predict
-from hcms.schedule.plan import compositions, even, tapered
+from hcms.schedule.cut import compositions, even, tapered
 from hcms.schedule.schedule import Schedule, serial, three_lane, two_lane
 from hcms.schedule.simulate import Costs
 

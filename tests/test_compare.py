@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from hcms.bench.config import UsageError
-from hcms.report.compare import compare, find, load
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.report.compare import compare, find, load
 from made_runs import make_repository, make_run, script
 
 main = script("compare").main

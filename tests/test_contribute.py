@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from hcms.bench.config import UsageError
-from hcms.report import contribute
-from hcms.report.contribute import place, problems
-from hcms.report.load import hardware_name, records
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.load import hardware_name, records
+from hcms_lab.report import contribute
+from hcms_lab.report.contribute import place, problems
 from made_runs import make_run, script
 
 main = script("contribute").main

@@ -13,9 +13,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hcms.schedule import closed_form
 from hcms.schedule.cost import AttendPoint, IdealCosts, Level, Profile, Workload, WorkloadCosts, fit, load, predict
 from hcms.schedule.schedule import ring, serial, three_lane, two_lane
+from hcms_lab.report import closed_form
 
 PROFILE = Profile(
     hardware="cpu-test-2c",

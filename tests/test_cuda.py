@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hcms.attention import SequenceParallelAttention
 from hcms.kernels import KERNELS, attend_full
-from hcms.parallel.attention import SequenceParallelAttention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; none is visible here")
 

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hcms.attention import METHODS, SequenceParallelAttention, _high_priority_group
 from hcms.kernels import KERNELS, attend_full, kernel
-from hcms.parallel.attention import METHODS, SequenceParallelAttention, _high_priority_group
-from hcms.parallel.exchange import HeadExchange, LayerShape
-from hcms.parallel.lanes import CudaLanes, Program
-from hcms.parallel.ulysses import UlyssesProgram
+from hcms.lanes import Program
+from hcms.lanes.cuda import CudaLanes
+from hcms.programs.ulysses import UlyssesProgram
 from hcms.schedule.schedule import COMM, COMM_OUT, Op, Schedule, serial, three_lane, two_lane
 from hcms.schedule.timeline import Timeline
+from hcms.transport.layout import HeadExchange, LayerShape
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"),

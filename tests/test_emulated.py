@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
-from hcms.parallel import emulated
+from hcms.links import emulated
 from ranks import Place, new_group, on_ranks
 
 GBPS = 0.002  # 2 bytes a microsecond

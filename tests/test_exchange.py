@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hcms.bench.memory import allocations, peak_bytes
+from hcms.attention import METHODS, SequenceParallelAttention
 from hcms.kernels import Kernel
-from hcms.parallel.attention import METHODS, SequenceParallelAttention
-from hcms.parallel.exchange import HeadExchange, LayerShape, widened
 from hcms.schedule.schedule import Schedule, serial
+from hcms.transport.layout import HeadExchange, LayerShape, widened
+from hcms_lab.measure.memory import allocations, peak_bytes
 from ranks import Collectives, Place, on_ranks, own, whole_qkv
 
 B, L, M, H = 2, 6, 5, 16

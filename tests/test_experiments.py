@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import tiny
-from hcms.bench.config import Config, UsageError
-from hcms.bench.records import RecordFile
+from hcms_lab.ground.config import Config
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.records import RecordFile
 
 CONF = tiny.EXPERIMENTS.parent / "conf"
 NAMES = sorted(path.stem for path in (CONF / "exp").glob("*.yaml"))
@@ -33,7 +34,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """What a machine with so many GPUs would compose and check; no rank starts."""
-    for module in ("run", "hcms.bench.cases", "hcms.hardware"):
+    for module in ("run", "hcms_lab.measure.cases", "hcms.hardware"):
         monkeypatch.setattr(f"{module}.visible_gpus", lambda: count)
 
 
@@ -136,8 +137,8 @@ def run(cfg, folder):
 
 
 def on_rank(rank, job, ticks):
-    from hcms.bench.measure import measure
-    from hcms.parallel.exchange import HeadExchange
+    from hcms_lab.measure.measure import measure
+    from hcms.transport.layout import HeadExchange
 
     right = HeadExchange.receive_back
 

@@ -13,9 +13,13 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from hcms.bench.config import UsageError
-from hcms.report import ROOT, fig8, parts, stats
-from hcms.report.claims import (
+from hcms.schedule.cost import IdealCosts, predict
+from hcms.schedule.schedule import serial, two_lane
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.load import newest_runs, records
+from hcms_lab.ground.paths import ROOT
+from hcms_lab.report import fig8, parts, stats
+from hcms_lab.report.claims import (
     FAILS,
     FINDINGS,
     HOLDS,
@@ -27,11 +31,8 @@ from hcms.report.claims import (
     correlation_of_gains,
     table1,
 )
-from hcms.report.figures import FIGURES, TABLES
-from hcms.report.load import newest_runs, records
-from hcms.schedule.closed_form import ring_speedup, speedup_limit
-from hcms.schedule.cost import IdealCosts, predict
-from hcms.schedule.schedule import serial, two_lane
+from hcms_lab.report.closed_form import ring_speedup, speedup_limit
+from hcms_lab.report.figures import FIGURES, TABLES
 from made_runs import make_run, script
 
 CUTS = ("5", "1-1-1-1-1", "2-1-2", "1-3-1", "auto:1-3-1")

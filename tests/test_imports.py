@@ -15,7 +15,7 @@ for name in names:
     for found in pkgutil.walk_packages(getattr(module, "__path__", []) if name != "hcms" else [], name + "."):
         importlib.import_module(found.name)
         names.append(found.name)
-print(",".join(sorted(m for m in sys.modules if m.split(".")[0] in ("torch", "hcms"))))
+print(",".join(sorted(m for m in sys.modules if m.split(".")[0] in ("torch", "hcms", "hcms_lab"))))
 """
 
 
@@ -32,8 +32,8 @@ def imported(*names: str) -> set[str]:
     ("names", "expected"),
     [
         (("hcms",), {"hcms"}),
-        (("hcms.schedule",), {"hcms.schedule.schedule", "hcms.schedule.plan", "hcms.schedule.simulate"}),
-        (("hcms.bench.config",), {"hcms.bench.config"}),
+        (("hcms.schedule",), {"hcms.schedule.schedule", "hcms.schedule.cut", "hcms.schedule.simulate"}),
+        (("hcms_lab.ground.config",), {"hcms_lab.ground.config"}),
     ],
 )
 def test_no_torch(names: tuple[str, ...], expected: set[str]) -> None:

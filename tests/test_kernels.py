@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hcms.bench import cases
+from hcms.attention import CUTS_HEADS, METHODS
 from hcms.kernels import HALF, KERNELS, attend_full, kernel
-from hcms.parallel.attention import CUTS_HEADS, METHODS
+from hcms_lab.measure import cases
 
 HERE = [name for name, k in KERNELS.items() if k.refusal(torch.float32, 64, "cpu") is None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,7 +94,7 @@ def test_every_kernel_has_its_name() -> None:
 
 
 def test_configurations_know_the_same_names() -> None:
-    """`hcms.bench.cases` writes them out, so that bad input is refused before torch is imported."""
+    """`hcms_lab.measure.cases` writes them out, so that bad input is refused before torch is imported."""
     assert tuple(KERNELS) == cases.KERNELS
     assert tuple(METHODS) == cases.METHODS
     assert cases.CUT_METHODS == CUTS_HEADS

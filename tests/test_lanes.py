@@ -18,14 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hcms.attention import SequenceParallelAttention
 from hcms.kernels import Kernel
-from hcms.parallel import emulated
-from hcms.parallel.attention import SequenceParallelAttention
-from hcms.parallel.exchange import HeadExchange, LayerShape
-from hcms.parallel.lanes import CpuLanes
-from hcms.parallel.ulysses import UlyssesProgram
+from hcms.lanes.cpu import CpuLanes
+from hcms.links import emulated
+from hcms.programs.ulysses import UlyssesProgram
 from hcms.schedule.schedule import COMM, COMM_OUT, COMPUTE, Op, Schedule, ring, serial, three_lane, two_lane
 from hcms.schedule.timeline import Timeline
+from hcms.transport.layout import HeadExchange, LayerShape
 from ranks import Place, new_group, on_ranks, own, whole_qkv
 
 cuts = st.lists(st.integers(1, 3), min_size=1, max_size=7).map(tuple)

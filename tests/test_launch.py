@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 import tiny
-from hcms.bench.config import UsageError
-from hcms.bench.launch import Rank, RankFailed, launch
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.measure.launch import Rank, RankFailed, launch
 
 RUN = tiny.EXPERIMENTS / "run.py"
 TINY = ["+exp=fig3", *tiny.SETTINGS, "frames=[2,1]", "methods=[ulysses,hcms]", "cuts=[even:2]"]
@@ -37,7 +37,7 @@ def run(cfg, folder):
 
 
 def on_rank(rank, job, ticks):
-    from hcms.bench import measure
+    from hcms_lab.measure import measure
 
     folder, fault = Path(job.folder), os.environ["FAULT"]
     (folder / f"pid{rank.rank}").write_text(str(os.getpid()))

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from hcms.bench.cases import METHODS
-from hcms.bench.config import UsageError
-from hcms.report import style
-from hcms.report.load import COLUMNS, committed, config, environment, newest, records
-from hcms.report.tables import write_table
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.load import COLUMNS, committed, config, environment, newest, records
+from hcms_lab.measure.cases import METHODS
+from hcms_lab.report import style
+from hcms_lab.report.tables import write_table
 from made_runs import make_run
 
 

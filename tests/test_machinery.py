@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hcms.bench.machinery import FreeAttention, Operations, free_link, small_inputs
-from hcms.bench.memory import allocations
+from hcms_lab.measure.machinery import FreeAttention, Operations, free_link, small_inputs
+from hcms_lab.measure.memory import allocations
 
 RANKS, HEADS_A_RANK = 2, 4
 CASES = [

@@ -11,14 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hcms.bench.cases import points
-from hcms.bench.config import Config, UsageError, WorkloadConfig
-from hcms.bench.contestant import Contestant
-from hcms.bench.peers import PEERS, peer
-from hcms.bench.peers.diffusers_ulysses import BACKENDS
+from hcms.attention import SequenceParallelAttention
 from hcms.kernels import KERNELS
-from hcms.parallel import emulated
-from hcms.parallel.attention import SequenceParallelAttention
+from hcms.links import emulated
+from hcms_lab.ground.config import Config, WorkloadConfig
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.measure.cases import points
+from hcms_lab.measure.contestant import Contestant
+from hcms_lab.measure.peers import PEERS, peer
+from hcms_lab.measure.peers.diffusers_ulysses import BACKENDS
 from ranks import Place, error_bound, largest, on_ranks, own, whole_qkv
 
 ON_CPU = [name for name, entry in PEERS.items() if not entry.gpus_only]

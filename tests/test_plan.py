@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hcms.schedule.plan import compositions, even, format_cut, parse_cut, tapered
+from hcms.schedule.cut import compositions, even, format_cut, parse_cut, tapered
 
 heads_and_chunks = st.integers(1, 40).flatmap(lambda heads: st.tuples(st.just(heads), st.integers(1, heads)))
 cuts = st.lists(st.integers(1, 8), min_size=1, max_size=8).map(tuple)

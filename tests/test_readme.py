@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from hcms.bench.config import UsageError
-from hcms.report.load import newest, newest_runs
-from hcms.report.readme import BLOCKS, comparison, experiments, figures, hardware, results, updated
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.load import newest, newest_runs
+from hcms_lab.report.readme import BLOCKS, comparison, experiments, figures, hardware, results, updated
 from made_runs import make_repository, make_run, script
 
 main = script("readme").main

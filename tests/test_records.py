@@ -15,14 +15,14 @@ from unittest.mock import patch
 import pytest
 from torch import Tensor
 
-from hcms.bench import measure
-from hcms.bench.cases import Case, Point
-from hcms.bench.environment import VARIABLES, environment
-from hcms.bench.measure import Job, measure_point
-from hcms.bench.records import SCHEMA, Record, RecordFile
 from hcms.hardware import Hardware, slugify
 from hcms.kernels import KERNELS
-from hcms.parallel.exchange import HeadExchange
+from hcms.transport.layout import HeadExchange
+from hcms_lab.ground.records import SCHEMA, Record, RecordFile
+from hcms_lab.measure import measure
+from hcms_lab.measure.cases import Case, Point
+from hcms_lab.measure.environment import VARIABLES, environment
+from hcms_lab.measure.measure import Job, measure_point
 from ranks import Place, on_ranks
 
 FIXED_NAMES = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hcms.parallel.attention import SequenceParallelAttention
+from hcms.attention import SequenceParallelAttention
 from ranks import Place, error_bound, largest, on_ranks, own, whole_qkv
 
 

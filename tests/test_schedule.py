@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hcms.schedule.plan import even, parse_cut
+from hcms.schedule.cut import even, parse_cut
 from hcms.schedule.schedule import COMM, COMPUTE, Op, Schedule, ring, serial, three_lane, two_lane
 from hcms.schedule.simulate import OpCost, simulate
 from hcms.schedule.timeline import Timeline

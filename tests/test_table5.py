@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from hcms.bench.records import Record
-from hcms.report.load import frame
-from hcms.report.table5 import is_peer_ring, is_peer_ulysses, table5
+from hcms_lab.ground.load import frame
+from hcms_lab.ground.records import Record
+from hcms_lab.report.table5 import is_peer_ring, is_peer_ulysses, table5
 
 POINT = "3,840 tokens, ρ 0.25"
 LATENCIES_MS = {

@@ -15,22 +15,22 @@ import numpy as np
 import pytest
 import torch
 
-from hcms.bench.config import UsageError
-from hcms.bench.records import RecordFile
-from hcms.models.records import ClipRecord, against_ulysses
-from hcms.models.sizes import ClipShape, Strides, exchange_bytes, heads_refusal, layer_flops
+from hcms.clip import ClipShape, Strides, exchange_bytes, heads_refusal, layer_flops
+from hcms_lab.ground.clip_record import ClipRecord, against_ulysses
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.records import RecordFile
 
 pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[wan]'")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
-run, wan, one_gpu = import_module("run"), import_module("wan"), import_module("hcms.models.one_gpu")
-breakdown = import_module("hcms.models.breakdown")
+run, wan, one_gpu = import_module("run"), import_module("wan"), import_module("hcms_lab.measure.wan.one_gpu")
+breakdown = import_module("hcms_lab.measure.wan.breakdown")
 
 MODELS = ("wan-tiny", "wan2.2-i2v-a14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b")
 
 
 def clip_of(name: str, frames: int) -> ClipShape:
     model = one_gpu.model_config(name)
-    return ClipShape(frames, model.height, model.width, Strides.of(model))
+    return ClipShape(frames, model.height, model.width, Strides.of(model.transformer, model.vae))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_unknown_model_and_key_are_refused_while_composing():
 
 
 def test_parameters_are_the_published_ones():
-    from hcms.models.build import transformer_on_meta, vae_on_meta
+    from hcms_lab.measure.wan.build import transformer_on_meta, vae_on_meta
 
     def count(module) -> int:
         return sum(p.numel() for p in module.parameters())
@@ -189,7 +189,7 @@ def test_dry_run_tells_sizes_and_refuses_what_cannot_fit(capsys):
 
 
 def test_sharding_and_more_ranks_need_less_memory():
-    from hcms.models.memory import rank_counts
+    from hcms_lab.measure.wan.memory import rank_counts
 
     model, clip = one_gpu.model_config("wan2.2-t2v-a14b"), clip_of("wan2.2-t2v-a14b", 33)
     whole = {n.ranks: n for n in rank_counts(model, clip)}
@@ -203,7 +203,7 @@ def test_sharding_and_more_ranks_need_less_memory():
 def test_operations_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from hcms.models.build import transformer_on_meta, vae_on_meta
+    from hcms_lab.measure.wan.build import transformer_on_meta, vae_on_meta
 
     for name in ("wan2.2-t2v-a14b", "wan2.2-ti2v-5b"):
         model, clip = one_gpu.model_config(name), clip_of(name, 33)
@@ -316,8 +316,9 @@ def clip_records(frames: int) -> list[ClipRecord]:
 
 
 def test_figure_and_table_show_what_records_say(tmp_path, monkeypatch):
-    from hcms.report import load, table4
-    from hcms.report.fig7 import fig7
+    from hcms_lab.ground import load
+    from hcms_lab.report import table4
+    from hcms_lab.report.fig7 import fig7
 
     RecordFile(tmp_path / "records.jsonl").append([*clip_records(9), *clip_records(16)])
     table = load.records(tmp_path)

@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 
 import tiny as tiny_run
-from hcms.bench.records import RecordFile
-from hcms.models.config import ModelConfig
+from hcms_lab.ground.model_config import ModelConfig
+from hcms_lab.ground.records import RecordFile
 from ranks import Collectives, Place, on_ranks
 
 diffusers = pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[wan]'")
 
-PARTS = pytest.importorskip("hcms.models.breakdown").PARTS
+PARTS = pytest.importorskip("hcms_lab.measure.wan.breakdown").PARTS
 ROOT = Path(__file__).resolve().parents[1]
 RING_TOLERANCE = 1e-4  # of the largest latent, in float32
 SIZE = {"height": 32, "width": 48, "num_frames": 9}  # 3 x 4 x 6 = 72 tokens
@@ -81,7 +81,7 @@ def tiny(task: str = "t2v", *, expand_timesteps: bool = False, experts: int = 2)
 
 @cache
 def pipeline(task: str = "t2v", expand_timesteps: bool = False, experts: int = 2) -> Any:
-    from hcms.models.build import random_pipeline
+    from hcms_lab.measure.wan.build import random_pipeline
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     pipe = random_pipeline(tiny(task, expand_timesteps=expand_timesteps, experts=experts), torch.device("cpu"))
@@ -210,7 +210,7 @@ def state_of(pipe: Any) -> dict[str, Any]:
 
 def there_and_back(place: Place) -> dict[str, Any]:
     import hcms
-    from hcms.models.build import random_pipeline
+    from hcms_lab.measure.wan.build import random_pipeline
 
     pipe = random_pipeline(tiny(), torch.device("cpu"))
     before, keys = state_of(pipe), list(pipe.transformer.state_dict())
@@ -366,7 +366,7 @@ def test_other_models_that_fit_need_nothing_of_their_own():
 def sharded(place: Place) -> dict[str, Any]:
     """FSDP2: weights gathered block by block over the same ranks; the same bits come out."""
     import hcms
-    from hcms.models.build import random_pipeline
+    from hcms_lab.measure.wan.build import random_pipeline
 
     whole = clip(pipeline())
     pipe = random_pipeline(tiny(), torch.device("cpu"), sharding="fsdp2")
@@ -412,7 +412,7 @@ def saved(tmp_path_factory) -> Path:
 
 def from_folder(place: Place, folder: Path) -> dict[str, Any]:
     import hcms
-    from hcms.models.build import pretrained_pipeline
+    from hcms_lab.measure.wan.build import pretrained_pipeline
 
     pipe = pretrained_pipeline(tiny(), str(folder), place.device)
     pipe.set_progress_bar_config(disable=True)

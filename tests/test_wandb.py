@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from hcms.bench.config import Config
-from hcms.report.load import environment, records
-from hcms.report.wandb_mirror import Mirror, best, summary
+from hcms_lab.ground.config import Config
+from hcms_lab.ground.load import environment, records
+from hcms_lab.report.wandb_mirror import Mirror, best, summary
 from made_runs import COMMIT, make_run
 from wandb_server import wandb_server
 

@@ -11,13 +11,13 @@ __version__ = "0.1.0"
 __all__ = ["SequenceParallelAttention", "__version__", "parallelize", "restore"]
 
 if TYPE_CHECKING:
-    from hcms.models.wan import parallelize, restore
-    from hcms.parallel.attention import SequenceParallelAttention
+    from hcms.attention import SequenceParallelAttention
+    from hcms.diffusers import parallelize, restore
 
 _LAZY = {
-    "SequenceParallelAttention": "hcms.parallel.attention",
-    "parallelize": "hcms.models.wan",
-    "restore": "hcms.models.wan",
+    "SequenceParallelAttention": "hcms.attention",
+    "parallelize": "hcms.diffusers",
+    "restore": "hcms.diffusers",
 }
 
 

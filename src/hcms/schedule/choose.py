@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hcms.schedule.cost import predict
-from hcms.schedule.plan import Cut, even, format_cut, tapered
+from hcms.schedule.cut import Cut, even, format_cut, tapered
 from hcms.schedule.schedule import COMPUTE, First, Op, Schedule, serial, three_lane, two_lane
 from hcms.schedule.simulate import Costs, OpCost
 

@@ -1,0 +1,262 @@
+"""`SequenceParallelAttention`: the one front door to every method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hcms.calibrate import calibrate
+from hcms.hardware import hardware
+from hcms.kernels import Kernel, kernel
+from hcms.lanes import Lanes
+from hcms.lanes.cpu import CpuLanes
+from hcms.lanes.cuda import CudaLanes
+from hcms.links import emulated
+from hcms.programs.ring import RingProgram
+from hcms.programs.ulysses import UlyssesProgram
+from hcms.schedule.choose import choose
+from hcms.schedule.cost import Workload, WorkloadCosts
+from hcms.schedule.cut import parse_cut
+from hcms.schedule.profile import Profile, load
+from hcms.schedule.schedule import COMM, COMM_OUT, First, Schedule, ring, serial, three_lane, two_lane
+from hcms.schedule.timeline import Timeline
+from hcms.transport.layout import HeadExchange, LayerShape
+
+METHODS: Mapping[str, str] = {
+    "ulysses": "three exchanges, attention, a return, one after the other (DeepSpeed, Wan2.2)",
+    "ulysses-packed": "the same with Q, K and V in one exchange",
+    "hcms-serial": "head chunks without overlap: what chunking alone costs",
+    "hcms": "head chunks on two lanes: the paper's method",
+    "hcms-3lane": "hcms with the returns on a lane and communicator of their own",
+    "ring": "Ring Attention: K and V go round under the attention",
+    "ceiling": "ulysses-packed of which a benchmark counts the attention alone",
+}
+CUTS_HEADS = ("hcms-serial", "hcms", "hcms-3lane")
+OVERLAPS = ("hcms", "hcms-3lane", "ring")
+
+
+def build_schedule(
+    method: str,
+    plan: str | int,
+    heads_a_rank: int,
+    ranks: int,
+    *,
+    prefetch: int | None = None,
+    first: First = "exchange",
+) -> Schedule:
+    """The schedule of a method for M heads a rank.
+
+    Raises:
+        ValueError: unknown method, or a plan that does not fit M (see `parse_cut`).
+    """
+    whole = (heads_a_rank,)
+    if method == "ulysses":
+        return serial(whole, split_qkv=True)
+    if method in ("ulysses-packed", "ceiling"):
+        return serial(whole)
+    if method == "ring":
+        return ring(ranks)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    cut = parse_cut(plan, heads_a_rank)
+    if method == "hcms-serial":
+        return serial(cut)
+    build = two_lane if method == "hcms" else three_lane
+    return build(cut, prefetch=prefetch, first=first)
+
+
+class SequenceParallelAttention:
+    """Attention over a sequence that is spread over the ranks of a process group.
+
+    `attention(q_BLNH, k_BLNH, v_BLNH) -> out_BLNH`: every rank holds L = S/P consecutive tokens, in rank order, of all
+    N heads, in and out. No mask, softmax scale 1/sqrt(H), forward only. Collective: all ranks call it with the same
+    shapes, in the same order.
+
+    Streams (CUDA): inputs may be pending on the caller's current stream, and so is the output on return. Communication
+    of overlapping methods runs on side streams of this object; the current stream waits for them before the call
+    returns to it, without host synchronisation. Buffers belong to this object, one set a shape, and are reused by every
+    call; the output is a new tensor of the caller's. One object must not be used from two threads or streams at once.
+
+    Args:
+        group: the ranks (Gloo, NCCL or "emulated"); the default group if None. Overlapping methods on NCCL make
+            communicators of their own from it at the first call.
+        method: one of `METHODS`.
+        plan: how a rank's M = N/P heads are cut: `"1-3-1"`, `"even:2"`, `"tapered:3"`, or `"auto"`, which chooses
+            method, cut and order by the profile (rank 0's choice, broadcast). Ignored by methods that cut nothing.
+        kernel: a name from `hcms.kernels.KERNELS`.
+        prefetch, first: see `two_lane`.
+        profile: for `plan="auto"`, a profile or its path; measured on the first call of a shape if None.
+        record_timeline: keep the last call's measured Timeline in `timeline` (on CUDA this synchronises).
+
+    Raises:
+        ValueError: unknown method or kernel; at the first call of a shape: heads that the ranks do not divide, a plan
+            that does not fit, shapes or dtypes that differ, inputs that need gradients, a kernel that cannot take them.
+        RuntimeError: overlap was asked for and this group's backend cannot give it.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        method: str = "hcms",
+        plan: str | int = "auto",
+        kernel: str = "sdpa",
+        *,
+        prefetch: int | None = None,
+        first: First = "exchange",
+        profile: str | Path | Profile | None = None,
+        record_timeline: bool = False,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+        self.group = group if group is not None else _default_group()
+        self.ranks = dist.get_world_size(self.group)
+        self.method, self.plan = method, plan
+        self.kernel: Kernel = _kernel(kernel)
+        if method == "ring" and not self.kernel.gives_lse:
+            raise ValueError(f"ring needs a kernel that gives its log-sum-exp; {kernel!r} does not")
+        self._order: dict[str, Any] = {"prefetch": prefetch, "first": first}
+        self._profile = profile
+        self.record_timeline = record_timeline
+        self.timeline: Timeline | None = None
+        self.schedule: Schedule | None = None  # of the last call
+        self.plan_reason: str | None = None
+        self.predicted_ms: float | None = None
+        self._lanes: Lanes | None = None
+        self._layers: dict[Any, tuple[Schedule, UlyssesProgram | RingProgram]] = {}
+
+    def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+        schedule, program = self.layer(q_BLNH, k_BLNH, v_BLNH)
+        assert self._lanes is not None
+        self.schedule = schedule
+        out_BLNH = torch.empty(q_BLNH.shape, dtype=q_BLNH.dtype, device=q_BLNH.device)
+        program.bind(q_BLNH, k_BLNH, v_BLNH, out_BLNH)
+        try:
+            self.timeline = self._lanes.run(schedule, program, record=self.record_timeline)
+        finally:
+            program.release()
+        return out_BLNH
+
+    def layer(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> tuple[Schedule, UlyssesProgram | RingProgram]:
+        """The schedule and buffers for inputs of this shape, made at the first call (collective) and kept."""
+        self._check(q_BLNH, k_BLNH, v_BLNH)
+        key = (q_BLNH.shape, q_BLNH.dtype, q_BLNH.device)
+        if key not in self._layers:
+            if refusal := self.kernel.refusal(q_BLNH.dtype, q_BLNH.shape[3], q_BLNH.device.type):
+                raise ValueError(refusal)
+            # Buffers made in inference mode could not be written outside it by a later call.
+            with torch.inference_mode(False):
+                self._layers[key] = self._make_layer(q_BLNH)
+        return self._layers[key]
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of all owned exchange buffers on this rank."""
+        return sum(program.nbytes for _, program in self._layers.values())
+
+    def poison(self) -> None:
+        """Fill all owned buffers with NaN: a benchmark's guard against results left over from an earlier call."""
+        for _, program in self._layers.values():
+            program.poison()
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
+            shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
+            raise ValueError(f"q, k and v must share one shape [B, L, N, H], got {shapes}")
+        if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+            given = ", ".join(f"{t.dtype} on {t.device}" for t in (q, k, v))
+            raise ValueError(f"q, k and v must share dtype and device, got {given}")
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise ValueError("this attention is forward only: call it under torch.no_grad() or torch.inference_mode()")
+        if self.method != "ring" and q.shape[2] % self.ranks:
+            raise ValueError(f"{q.shape[2]} heads cannot be divided among {self.ranks} ranks")
+
+    def _make_layer(self, q_BLNH: Tensor) -> tuple[Schedule, UlyssesProgram | RingProgram]:
+        B, L, N, H = q_BLNH.shape
+        shape = LayerShape(B, L, N, H)
+        dtype, device = q_BLNH.dtype, q_BLNH.device
+        heads_first = device.type == "cpu"
+        if self.plan == "auto" and self.method in CUTS_HEADS:
+            schedule = self._choose(shape, dtype, device, heads_first)
+        else:
+            schedule = build_schedule(self.method, self.plan, max(1, N // self.ranks), self.ranks, **self._order)
+        if self._lanes is None:
+            self._lanes = self._make_lanes(device)
+        if self.method == "ring":
+            rank = dist.get_rank(self.group)
+            return schedule, RingProgram(self.ranks, rank, shape, dtype, device, self.kernel)
+        return schedule, UlyssesProgram(
+            HeadExchange(schedule, self.ranks, shape, dtype, device, heads_first=heads_first), self.kernel
+        )
+
+    def _choose(self, shape: LayerShape, dtype: torch.dtype, device: torch.device, heads_first: bool) -> Schedule:
+        """Rank 0's choice for this shape, on the given profile or on one measured now. Collective."""
+        slug = hardware(device.type).slug
+        profile = self._profile
+        if profile is None:
+            profile = calibrate(self.group, shape, dtype, device, self.kernel, hardware=slug, heads_first=heads_first)
+        elif not isinstance(profile, Profile):
+            profile = load(
+                profile,
+                hardware=slug,
+                device=device.type,
+                world_size=self.ranks,
+                backend=dist.get_backend(self.group),
+                kernel=self.kernel.name,
+                dtype=str(dtype).removeprefix("torch."),
+                head_dim=shape.head_dim,
+            )
+        workload = Workload(
+            shape.local_tokens * self.ranks, shape.heads, self.ranks, shape.head_dim, shape.batch, profile.dtype
+        )
+        choices = [choose(WorkloadCosts(profile, workload), shape.heads, self.ranks)]
+        dist.broadcast_object_list(choices, src=dist.get_global_rank(self.group, 0), group=self.group)
+        choice = choices[0]
+        self.plan_reason, self.predicted_ms = choice.reason, choice.predicted_ms
+        return choice.schedule()
+
+    def _make_lanes(self, device: torch.device) -> Lanes:
+        backend = _backend(self.group, device.type)
+        if device.type == "cuda":
+            if backend != "nccl":
+                raise RuntimeError(f"tensors on {device} need an NCCL group, this one is {backend!r}")
+            lanes = {"hcms": (COMM,), "ring": (COMM,), "hcms-3lane": (COMM, COMM_OUT)}.get(self.method, ())
+            if self.plan == "auto" and self.method in CUTS_HEADS:
+                lanes = (COMM, COMM_OUT)  # whatever is chosen, for this shape or the next
+            return CudaLanes(device, self.group, {lane: _high_priority_group(self.group) for lane in lanes})
+        if self.method in OVERLAPS and backend not in ("gloo", emulated.NAME):
+            raise RuntimeError(f"{self.method} overlaps on gloo, {emulated.NAME} and nccl groups, not on {backend!r}")
+        if backend == emulated.NAME:
+            return CpuLanes(self.group, {}, lambda: emulated.PORT.completed_s)
+        return CpuLanes(self.group, {})
+
+
+_kernel = kernel  # the class's argument of that name hides the function
+
+
+def _default_group() -> dist.ProcessGroup:
+    if not dist.is_initialized():
+        raise ValueError("no process group: start this under torchrun and call torch.distributed.init_process_group()")
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def _backend(group: dist.ProcessGroup, device: str) -> str:
+    """The backend that serves tensors of that device: a group may have one for each, as a default group has."""
+    served = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    return served.get(device, "none")
+
+
+def _high_priority_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A communicator over the same ranks whose kernels go before attention's waiting blocks (PEERS: pitfall 4)."""
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # pyright: ignore[reportAttributeAccessIssue]
+    made = dist.new_group(
+        dist.get_process_group_ranks(group), backend="nccl", pg_options=options, use_local_synchronization=True
+    )
+    assert isinstance(made, dist.ProcessGroup)
+    return made

@@ -1,0 +1,87 @@
+"""Lanes on a GPU: CUDA streams ordered by events."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from hcms.lanes import Program
+from hcms.schedule.schedule import COMPUTE, Schedule
+from hcms.schedule.timeline import Span, Timeline
+
+
+class CudaLanes:
+    """Lanes on a GPU: attention on the caller's current stream, each communication lane a high-priority side stream.
+
+    Streams and events belong to this object, one set a device, reused by every call. No call synchronises the host
+    (recording a Timeline does, once, at its end), allocates events, or uses `record_stream`: what side streams read or
+    write is owned by the method or kept alive by the caller until the current stream has waited for them, at the
+    latest at the end of `run`.
+
+    Args:
+        device: the device of all tensors.
+        group: the NCCL group for communication on the compute lane (serial schedules).
+        groups: the NCCL group of each communication lane.
+    """
+
+    def __init__(self, device: torch.device, group: dist.ProcessGroup, groups: dict[str, dist.ProcessGroup]) -> None:
+        self._device = device
+        self._group = group
+        self._groups = groups
+        self._streams = {lane: torch.cuda.Stream(device, priority=-1) for lane in groups}
+        self._events: dict[bool, list[torch.cuda.Event]] = {False: [], True: []}
+
+    def _event(self, index: int, timing: bool) -> torch.cuda.Event:
+        pool = self._events[timing]
+        while len(pool) <= index:
+            pool.append(torch.cuda.Event(enable_timing=timing))
+        return pool[index]
+
+    def run(self, schedule: Schedule, program: Program, *, record: bool = False) -> Timeline | None:
+        current = torch.cuda.current_stream(self._device)
+        lanes = {lane: current if lane == COMPUTE else self._streams[lane] for lane in schedule.lanes}
+        # Ready and free, in one edge: a side stream starts after all that the caller's stream holds so far, which made
+        # the inputs and, in the call before this one, was the last reader of the buffers that are written now.
+        start = self._event(0, record)
+        start.record(current)
+        for stream in lanes.values():
+            if stream is not current:
+                stream.wait_event(start)
+        count = len(schedule.ops)
+        ends = [self._event(1 + i, record) for i in range(count)]
+        begins = [self._event(1 + count + i, record) for i in range(count)] if record else []
+        try:
+            for index, op in enumerate(schedule.ops):
+                stream = lanes[op.lane]
+                for earlier in op.after:
+                    # Same lane: the stream's own order is the edge.
+                    if schedule.ops[earlier].lane != op.lane:
+                        stream.wait_event(ends[earlier])
+                with torch.cuda.stream(stream):
+                    if record:
+                        begins[index].record(stream)
+                    work = program.start(op, self._groups.get(op.lane, self._group), False)
+                    if work is not None:
+                        work.wait()  # orders `stream` after the collective; the host goes on
+                    program.finish(op)
+                    ends[index].record(stream)
+        except BaseException:
+            # The caller is about to drop tensors that side streams still read.
+            for stream in lanes.values():
+                current.wait_stream(stream)
+            raise
+        # The caller's stream waits for every side stream: from here on the output is whole, inputs may be reused, and
+        # memory that side streams touched may be freed in the caller's stream order.
+        for lane, stream in lanes.items():
+            if stream is not current:
+                current.wait_event(ends[max(i for i, op in enumerate(schedule.ops) if op.lane == lane)])
+        if not record:
+            return None
+        stop = self._event(1 + 2 * count, True)
+        stop.record(current)
+        stop.synchronize()
+        spans = tuple(
+            Span(op, start.elapsed_time(begin), start.elapsed_time(end))
+            for op, begin, end in zip(schedule.ops, begins, ends, strict=True)
+        )
+        return Timeline(schedule, spans, start.elapsed_time(stop), "measured")

@@ -1,0 +1,1 @@
+"""What carries a chunk from rank to rank."""

@@ -1,0 +1,80 @@
+"""The typed configuration of every experiment (Hydra composes it, struct mode refuses unknown keys)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from hcms_lab.ground.model_config import WanConfig
+
+
+@dataclass
+class WorkloadConfig:
+    """The attention layer that is measured. `heads` counts all ranks' heads."""
+
+    name: str = MISSING
+    tokens_per_frame: int = MISSING
+    heads: int = MISSING
+    head_dim: int = 128
+    batch: int = 1
+    dtype: Any = MISSING  # float32 | bfloat16 | float16, or a list of them
+
+
+@dataclass
+class LinkConfig:
+    """What carries the exchanges.
+
+    `emulated` paces Gloo to `latency_us` and a bandwidth: `gbps` where given, else derived so that serial Ulysses
+    has the communication ratio `ratio` (a list sweeps it). `native` is what the process group has: NCCL or Gloo.
+    `auto` is `native` on GPUs and `emulated` without.
+    """
+
+    kind: str = "auto"  # auto | emulated | native
+    ratio: Any = 0.25  # a ratio or a list of them, each in (0, 1); ignored where gbps is given or the link is native
+    ratio_at: Any = "longest"  # derive the bandwidth at the longest of `frames`, at `each`, or at a number
+    gbps: float | None = None  # 10^9 bytes a second leaving a rank
+    latency_us: float = 50.0
+
+
+@dataclass
+class BenchConfig:
+    warmup: int = 2
+    iterations: int = 12
+    seed: int = 0
+    predict: bool = True  # calibrate at each point and record what the simulator predicts
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "offline"  # offline | online | disabled
+    project: str = "hcms"
+    entity: str | None = None
+
+
+@dataclass
+class Config(WanConfig):
+    name: str = MISSING  # fig3, table2, ...: names the folder under outputs/
+    kind: str = MISSING  # the script in experiments/ that measures it
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    frames: Any = field(default_factory=lambda: [9, 11, 13, 16])  # latent frames: an int or a list
+    ranks: Any = None  # an int, a list, or `each` (2, 4, 8); null is every visible GPU, or 2 without any
+    device: str = "auto"  # auto | cpu | cuda
+    on_gpus: list[str] = field(
+        default_factory=list
+    )  # settings that hold where GPUs are visible, as one would type them
+    gpu: str | None = None  # advise: a GPU of the catalogue, or all
+    link: LinkConfig = field(default_factory=LinkConfig)
+    methods: list[str] = field(
+        default_factory=lambda: ["ulysses", "ulysses-packed", "hcms-serial", "hcms", "ring", "ceiling"]
+    )
+    cuts: list[str] = field(default_factory=lambda: ["even:2"])  # for the methods that cut heads
+    prefetch: int | None = None  # chunks exchanged ahead; null is all
+    first: str = "exchange"  # exchange | return
+    kernels: list[str] = field(default_factory=lambda: ["sdpa"])  # [all] is every kernel that can run here
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    output: str = "outputs"
+    profile: str | None = None  # a profile that +exp=calibrate wrote; null calibrates at each point
+    resume: str | None = None  # a run's folder: skip the cases that its records already hold

@@ -1,0 +1,1 @@
+"""Figures, tables, pages and W&B: each reads records and nothing else."""

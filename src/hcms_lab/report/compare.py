@@ -1,0 +1,272 @@
+"""The same experiment on several machines, side by side: one table and one figure, from records alone.
+
+What may stand in one row is decided by `KEYS`: two cases are compared only where workload, shape, kernel, number
+type, ranks, method and cut agree. Everything else becomes a group or a row of its own, and is said so.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.load import committed_folders, environment, hardware_name, plan, records
+from hcms_lab.ground.paths import ROOT
+from hcms_lab.report import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GROUP = ["workload", "dtype", "kernel", "heads", "head_dim", "batch"]  # never in one table or one panel
+AXIS_LABELS = {
+    "seq_len": "tokens",
+    "world_size": "ranks",
+    "chunks": "chunks a rank",
+    "ratio": "communication ratio ρ",
+}
+_AXIS_OF = {"fig2": "chunks", "fig4": "world_size", "fig5": "ratio"}
+VALUES = ["latency_ms", "speedup_vs_ulysses", "chosen"]
+WRAP_AT = 56  # characters that fit a column
+SHOWN = ("hcms", "hcms-3lane", "ring")  # the figure's methods; the baseline is the line at 1
+
+
+@dataclass
+class Group:
+    """Cases that may be compared: one workload, kernel and number type. `table` has a column of numbers a machine."""
+
+    title: str
+    table: pd.DataFrame
+    cases: pd.DataFrame
+
+
+@dataclass
+class Comparison:
+    """The outcome: groups with a table each, the figure's axis, and what a reader must know (`notes`)."""
+
+    exp: str
+    axis: str
+    labels: list[str]
+    groups: list[Group]
+    notes: list[str] = field(default_factory=list)
+
+    def figure(self) -> Figure:
+        """Speedup over `ulysses`, a panel a group, a colour a machine; predictions dotted with hollow markers."""
+        import matplotlib.pyplot as plt
+
+        with style.use():
+            fig, axes = plt.subplots(len(self.groups), 1, squeeze=False, sharey=True)
+            colours = style.hardware_colours(self.labels)
+            heights_in = []
+            for ax, group in zip(axes[:, 0], self.groups, strict=True):
+                lines = _panel(ax, group, self.axis, colours)
+                heights_in.append(2.3 + 0.14 * lines)  # a panel, and its legend below it
+            axes[0, 0].get_gridspec().set_height_ratios(heights_in)
+            fig.set_size_inches(style.COLUMN_IN, sum(heights_in))
+        return fig
+
+    def alt(self) -> str:
+        """A sentence that says what the figure shows."""
+        best = [
+            f"{label} up to ×{speedups.max():.2f}"
+            for label in self.labels
+            if len(speedups := self._speedups(label)) and speedups.notna().any()
+        ]
+        return f"Speedup of HCMS over Ulysses in {self.exp} by {AXIS_LABELS[self.axis]}: {'; '.join(best)}."
+
+    def _speedups(self, label: str) -> pd.Series:
+        cases = pd.concat([group.cases for group in self.groups])
+        return cases.loc[(cases["run"] == label) & (cases["method"] == "hcms"), "speedup_vs_ulysses"]
+
+
+def find(arguments: Sequence[str], root: Path = ROOT) -> list[Path]:
+    """Folders of records: a path as it is; an experiment's name as every committed run of it and the newest local one.
+
+    Raises:
+        UsageError: neither a path with records nor an experiment that has some.
+    """
+    found: list[Path] = []
+    for argument in arguments:
+        path = Path(argument)
+        if (path / "records.jsonl").is_file() or path.is_file():
+            found.append(path)
+            continue
+        latest = root / "outputs" / argument / "latest"
+        here = [
+            *committed_folders(argument, root).values(),
+            *([latest] if (latest / "records.jsonl").is_file() else []),
+        ]
+        if not here:
+            raise UsageError(f"{argument}: neither a folder with records.jsonl nor an experiment that has records")
+        found += here
+    return list(dict.fromkeys(path.resolve() for path in found))
+
+
+def load(paths: Iterable[Path]) -> dict[str, pd.DataFrame]:
+    """Records by a label that tells the runs apart: the hardware's name, and the link or the folder where need be.
+
+    Measured and predicted cases of one run get a label each, so that they never share a column.
+    """
+    runs: list[tuple[Path, str, pd.DataFrame]] = []
+    for path in paths:
+        table = records(path)
+        hardware = hardware_name(path) if environment(path) else str(table["hardware"].iloc[0])
+        for source, part in table.groupby("source", dropna=False, sort=False):
+            suffix = "" if source == "measured" else f" ({source})"
+            runs.append((Path(path), f"{hardware}{suffix}", part))
+    labels = [label for _, label, _ in runs]
+    for describe in (lambda path, table: _link(table), lambda path, table: path.name):
+        labels = [
+            f"{label}, {describe(path, table)}" if labels.count(label) > 1 else label
+            for label, (path, _, table) in zip(labels, runs, strict=True)
+        ]
+    return {
+        label if labels.count(label) == 1 else f"{label} #{i}": table
+        for i, (label, (_, _, table)) in enumerate(zip(labels, runs, strict=True), start=1)
+    }
+
+
+def compare(runs: Mapping[str, pd.DataFrame]) -> Comparison:
+    """Put runs of one experiment beside each other.
+
+    Args:
+        runs: records by label, as `load` returns them.
+
+    Raises:
+        UsageError: no run, runs of different experiments, or nothing correct to compare.
+    """
+    if not runs:
+        raise UsageError("no run to compare")
+    exps = {label: "/".join(sorted(set(table["exp"].dropna()))) for label, table in runs.items()}
+    if len(set(exps.values())) > 1:
+        which = ", ".join(f"{label} is {exp}" for label, exp in exps.items())
+        raise UsageError(f"runs of different experiments are not compared: {which}")
+    exp = next(iter(exps.values()))
+    x = _AXIS_OF.get(exp, "seq_len")
+    cases = pd.concat([table.assign(run=label) for label, table in runs.items()], ignore_index=True)
+    wrong = ~cases["ok"].fillna(False)
+    unmeasured = ~wrong & cases["latency_ms"].isna()
+    notes = [] if len(runs) > 1 else ["only one run so far: another machine's stands beside it once it is contributed"]
+    for label in runs:
+        for left_out, why in ((wrong, "failed or are wrong"), (unmeasured, "were refused and have no time")):
+            if count := int(left_out[cases["run"] == label].sum()):
+                notes.append(f"{count} cases of {label} {why}: left out")
+    cases = cases[~wrong & ~unmeasured].copy()
+    if cases.empty:
+        raise UsageError("no correct case in any of these runs")
+    cases["chunks"] = [len(cut.split("-")) if isinstance(cut, str) else 1 for cut in cases["cut"]]
+    cases["plan"] = [plan(cut) for cut in cases["cut"]]
+    cases["ratio"] = cases["link_ratio"].fillna(cases["comm_ratio"].round(2))
+    # One link belongs to the machine; several make groups, or are the axis.
+    sweeps = x != "ratio" and bool((cases.groupby("run")["link_ratio"].nunique() > 1).any())
+
+    groups = []
+    for values, part in cases.groupby([*GROUP, "ratio"] if sweeps else GROUP, dropna=False, sort=True):
+        present = [label for label in runs if (part["run"] == label).any()]
+        title = "{}, {}, {}, {:g} heads of {:g}, batch {:g}".format(*values[: len(GROUP)])
+        title += f", ρ {values[-1]:g}" if sweeps else ""
+        groups.append(Group(title, _table(part, x, present), part))
+        absent = [label for label in runs if label not in present]
+        if absent:
+            notes.append(f"{title}: no such case from {', '.join(absent)}; compare speedups, not times, across groups")
+        apart = int(groups[-1].table[present].isna().any(axis=1).sum()) if len(present) > 1 else 0
+        if apart:
+            notes.append(f"{title}: {apart} rows are not from every machine (other ranks, cuts or lengths): not mixed")
+    return Comparison(exp, x, list(runs), groups, notes)
+
+
+def _table(part: pd.DataFrame, x: str, labels: list[str]) -> pd.DataFrame:
+    """A row a case, a column a machine: latency, speedup over that machine's own `ulysses`, the cut that auto chose."""
+    chosen = [cut.partition(":")[2] if p == "auto" else "" for cut, p in zip(part["cut"], part["plan"], strict=True)]
+    part = part.assign(cut=part["plan"].fillna("–"), chosen=chosen)
+    # The link belongs to the machine, unless the experiment sweeps it.
+    keys = ["world_size", *(["ratio"] if x == "ratio" else []), "seq_len", "method", "cut"]
+    part = part.sort_values("latency_ms").drop_duplicates([*keys, "run"])
+    wide = part.pivot(index=keys, columns="run", values=VALUES)
+    order = {method: i for i, method in enumerate(style.in_order(part["method"]))}
+    rows = sorted(wide.index, key=lambda key: (*key[:-2], order[key[-2]], key[-1]))
+    table = pd.DataFrame(rows, columns=pd.Index(keys))
+    for label in labels:
+        table[label] = [
+            None if pd.isna(ms) else f"{ms:.2f} ms" + (f" (×{x:.2f})" if x == x else "") + (f" {cut}" if cut else "")
+            for ms, x, cut in zip(*(wide[value][label].reindex(rows) for value in VALUES), strict=True)
+        ]
+    names = {"world_size": "ranks", "seq_len": "tokens", "ratio": "ρ"}
+    return table.astype({"world_size": int, "seq_len": int}).rename(columns=names)
+
+
+def _panel(ax: Axes, group: Group, x: str, colours: Mapping[str, str]) -> int:
+    """Draw one group; returns how many lines its legend has."""
+    cases = group.cases[group.cases["method"].isin(SHOWN) & group.cases["speedup_vs_ulysses"].notna()]
+    ax.axhline(1.0, color="black", linewidth=0.8)
+    single = cases[x].nunique() == 1
+    for position, ((run, method), part) in enumerate(cases.groupby(["run", "method"], sort=False)):
+        if x != "chunks" and part["plan"].notna().any():
+            # One cut a line, the best over the axis, and the legend names it.
+            best = part.groupby("plan")["speedup_vs_ulysses"].mean().idxmax()
+            part = part[part["plan"] == best]
+        name = f"{run}: {style.label(str(method))}"
+        cuts = sorted(set(part["plan"].dropna()))
+        if len(cuts) == 1:
+            name += f" {cuts[0]}"
+        name = "\n".join(textwrap.wrap(name, WRAP_AT, subsequent_indent="  "))
+        # Several ranks or lengths at one point: the panel shows the best, the table has them all.
+        line = part.groupby(x)["speedup_vs_ulysses"].max()
+        predicted = (part["source"] == "predicted").all()
+        colour = colours[str(run)]
+        if single:
+            hatch = style.PREDICTED if predicted else {}
+            ax.bar(position, line.iloc[0], color=colour, label=name, width=0.7, **hatch)
+            continue
+        look: dict[str, Any] = {"linestyle": "--" if method == "ring" else "-"}
+        if predicted:
+            look |= style.PREDICTED_LINE
+        ax.plot(line.index, line, color=colour, marker=style.METHOD_MARKERS[str(method)], label=name, **look)
+    points = sorted(cases[x].unique())
+    if single:
+        ax.set_xticks([])
+        ax.set_ylim(bottom=min(0.9, 0.95 * float(cases["speedup_vs_ulysses"].min())))
+    elif len(points) <= 8:
+        ax.set_xticks(points, _apart([f"{point:,g}" for point in points], points))
+        ax.minorticks_off()
+    label = AXIS_LABELS[x]
+    ax.set_xlabel(f"{label}: {points[0]:,g}" if single else label)
+    ax.set_ylabel("speedup over Ulysses")
+    ax.set_title("\n".join(textwrap.wrap(group.title, WRAP_AT)))
+    # Hardware names are long: below the panel they cost height and never width.
+    ax.legend(loc="upper left", bbox_to_anchor=(-0.12, -0.24), borderaxespad=0.0)
+    return sum(1 + text.count("\n") for text in ax.get_legend_handles_labels()[1])
+
+
+def _apart(labels: list[str], points: Sequence[float]) -> list[str]:
+    """Tick labels, empty where one would run into the one before it."""
+    kept, last = [], float("-inf")
+    for label, point in zip(labels, points, strict=True):
+        fits = point - last > 0.025 * len(label) * (points[-1] - points[0])
+        kept.append(label if fits else "")
+        last = point if fits else last
+    return kept
+
+
+def _link(table: pd.DataFrame) -> str:
+    """The link of a run in few words: `emulated link, ρ 0.25`."""
+    kind = next(iter(table["link"].dropna()), "unknown")
+    ratios = sorted(set(table["link_ratio"].dropna()))
+    gbps = sorted({round(value, 3) for value in table["link_gbps"].dropna()})
+    pace = f", ρ {_span(ratios)}" if ratios else f", {_span(gbps)} GB/s" if gbps else ""
+    return f"{kind} link{pace}"
+
+
+def _span(values: Sequence[float]) -> str:
+    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g}–{values[-1]:g}"
+
+
+def file_name(title: str) -> str:
+    """A group's title as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")

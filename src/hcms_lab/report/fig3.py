@@ -1,0 +1,80 @@
+"""Figure 3: latency by sequence length, and the speedups under it with what the paper reports (C1, C2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from hcms_lab.report import parts, style
+from hcms_lab.report.claims import band, fixed_cuts
+from hcms_lab.report.stats import fastest, measured, speedups
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LATENCY = ("ulysses", "ulysses-packed", "hcms-serial", "hcms", "hcms-3lane", "ring", "ceiling")
+PANELS = (("ulysses", "C1"), ("ring", "C2"))
+
+
+def fig3(records: pd.DataFrame) -> Figure:
+    """Latency of each method with quartiles above; speedup over Ulysses and over Ring with 95 % intervals below.
+
+    Of `hcms` the fastest fixed cut at each length is drawn.
+    """
+    import matplotlib.pyplot as plt
+
+    cases = measured(fixed_cuts(records))
+    lengths = sorted(int(s) for s in cases["seq_len"].unique())
+    with style.use():
+        fig, axes = plt.subplot_mosaic(
+            [["latency", "latency"], ["ulysses", "ring"]],
+            figsize=style.size("page", 0.78),
+            height_ratios=[1.15, 1],
+        )
+        top = axes["latency"]
+        for method in style.in_order(LATENCY):
+            best = fastest(cases, method).sort_values("seq_len")
+            if len(best):
+                parts.latency_line(top, best["seq_len"].tolist(), best, **parts.method_look(method))
+        top.set_ylabel("latency, ms")
+        top.set_ylim(bottom=0)
+        top.legend(loc="upper left", ncols=2)  # serves all panels: a method looks the same in each
+        for base, claim in PANELS:
+            _speedups(axes[base], cases, base, claim)
+        for ax in axes.values():
+            ax.set_xticks(lengths, [f"{s:,}" for s in lengths])
+            ax.set_xlabel("tokens")
+        ratios = [float(x) for x in cases.drop_duplicates("seq_len")["comm_ratio"].dropna()]
+        rho = f"measured ρ {min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
+        cuts = " or ".join(dict.fromkeys(fastest(cases).sort_values("seq_len")["cut"]))
+        rounds = f"n = {int(cases['n'].min())}"
+        parts.headline(
+            fig, f"{parts.where(cases)} · {parts.layer(cases, tokens=False)}", f"{rho} · {rounds} · HCMS: cut {cuts}"
+        )
+        parts.describe(
+            fig,
+            "Latency by sequence length; speedup over Ulysses",
+            speedups(cases, "ulysses"),
+            "seq_len",
+            "{:,.0f} tokens",
+        )
+    return fig
+
+
+def _speedups(ax: Axes, cases: pd.DataFrame, base: str, claim: str) -> None:
+    low, high = band(claim)
+    ax.axhspan(1 + low, 1 + high, **style.PAPER_BAND)
+    ax.annotate(
+        f"paper, {claim}: 4 GPUs", (0, 1 + (low + high) / 2), xycoords=("axes fraction", "data"), xytext=(3, 0),
+        textcoords="offset points", va="center", fontsize=6.5, path_effects=parts.halo(),
+    )  # fmt: skip
+    ax.axhline(1, color=style.colour(base), linewidth=1)
+    against = speedups(cases, base)
+    for method in ("ulysses", "hcms", "ring", "ceiling"):
+        if method != base and len(best := fastest(against, method).sort_values("seq_len")):
+            parts.speedup_line(ax, best["seq_len"].tolist(), best, **parts.method_look(method))
+    ax.set_ylabel(f"speedup over {style.label(base)}")
+    parts.as_times(ax)
+    ax.margins(x=0.12, y=0.12)
