@@ -14,16 +14,15 @@ from rich.table import Table
 
 from hcms.clip import ClipShape, Strides, divisors, heads_refusal, listed
 from hcms.hardware import hardware
+from hcms.methods import METHODS
 from hcms.schedule.cut import format_cut, parse_cut
 from hcms_lab.ground.config import Config
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.model_config import ModelConfig
 from hcms_lab.ground.records import RecordFile, derived_gbps
 from hcms_lab.measure.cases import (
-    CUT_METHODS,
     DTYPES,
     KERNELS,
-    METHODS,
     Case,
     Point,
     as_list,
@@ -218,7 +217,7 @@ def cases_of(cfg: Config, heads: int, all_ranks: list[int]) -> list[Case]:
     for method in cfg.methods:
         if method not in METHODS:
             raise UsageError(f"methods={method}: choose among {', '.join(METHODS)}")
-        for cut in cfg.cuts if method in CUT_METHODS else [None]:
+        for cut in cfg.cuts if METHODS[method].cuts else [None]:
             if cut not in (None, "auto"):
                 for ranks in all_ranks:
                     if heads % ranks == 0:

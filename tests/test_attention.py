@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hcms.attention import METHODS, SequenceParallelAttention, build_schedule
+from hcms.attention import SequenceParallelAttention
+from hcms.methods import METHODS, build_schedule
 from hcms.schedule.schedule import Schedule
 from ranks import Place, error_bound, largest, new_group, on_ranks, own, whole_qkv
 

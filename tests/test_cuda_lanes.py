@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hcms.attention import METHODS, SequenceParallelAttention, _high_priority_group
+from hcms.attention import SequenceParallelAttention, _high_priority_group
 from hcms.kernels import KERNELS, attend_full, kernel
 from hcms.lanes import Program
 from hcms.lanes.cuda import CudaLanes
+from hcms.methods import METHODS
 from hcms.programs.ulysses import UlyssesProgram
 from hcms.schedule.schedule import COMM, COMM_OUT, Op, Schedule, serial, three_lane, two_lane
 from hcms.schedule.timeline import Timeline

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hcms.attention import METHODS, SequenceParallelAttention
+from hcms.attention import SequenceParallelAttention
 from hcms.kernels import Kernel
+from hcms.methods import METHODS
 from hcms.schedule.schedule import Schedule, serial
 from hcms.transport.layout import HeadExchange, LayerShape, widened
 from hcms_lab.measure.memory import allocations, peak_bytes

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from hcms.attention import CUTS_HEADS, METHODS
 from hcms.kernels import HALF, KERNELS, attend_full, kernel
 from hcms_lab.measure import cases
 
@@ -96,8 +95,6 @@ def test_every_kernel_has_its_name() -> None:
 def test_configurations_know_the_same_names() -> None:
     """`hcms_lab.measure.cases` writes them out, so that bad input is refused before torch is imported."""
     assert tuple(KERNELS) == cases.KERNELS
-    assert tuple(METHODS) == cases.METHODS
-    assert cases.CUT_METHODS == CUTS_HEADS
     assert {getattr(torch, name) for name in cases.DTYPES} == set(DTYPES)
 
 

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from hcms.methods import METHODS
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.load import COLUMNS, committed, config, environment, newest, records
-from hcms_lab.measure.cases import METHODS
 from hcms_lab.report import style
 from hcms_lab.report.tables import write_table
 from made_runs import make_run
@@ -117,9 +117,8 @@ def test_figures_are_the_same_bytes_twice_and_carry_their_description(tmp_path: 
 
 
 def test_every_method_has_its_own_look() -> None:
-    assert set(style.METHOD_COLOURS) == set(METHODS)
-    assert len(set(style.METHOD_COLOURS.values())) == len(METHODS)
-    assert len(set(style.METHOD_MARKERS.values())) == len(METHODS)
+    assert len({m.colour for m in METHODS.values()}) == len(METHODS)
+    assert len({m.marker for m in METHODS.values()}) == len(METHODS)
     assert style.in_order(["ring", "peer:x", "ulysses", "ring"]) == ["ulysses", "ring", "peer:x"]
     before = dict(plt.rcParams)
     with style.use():

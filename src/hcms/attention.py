@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +16,15 @@ from hcms.lanes import Lanes
 from hcms.lanes.cpu import CpuLanes
 from hcms.lanes.cuda import CudaLanes
 from hcms.links import emulated
+from hcms.methods import build_schedule, method
 from hcms.programs.ring import RingProgram
 from hcms.programs.ulysses import UlyssesProgram
 from hcms.schedule.choose import choose
 from hcms.schedule.cost import Workload, WorkloadCosts
-from hcms.schedule.cut import parse_cut
 from hcms.schedule.profile import Profile, load
-from hcms.schedule.schedule import COMM, COMM_OUT, First, Schedule, ring, serial, three_lane, two_lane
+from hcms.schedule.schedule import COMM, COMM_OUT, First, Schedule
 from hcms.schedule.timeline import Timeline
 from hcms.transport.layout import HeadExchange, LayerShape
-
-METHODS: Mapping[str, str] = {
-    "ulysses": "three exchanges, attention, a return, one after the other (DeepSpeed, Wan2.2)",
-    "ulysses-packed": "the same with Q, K and V in one exchange",
-    "hcms-serial": "head chunks without overlap: what chunking alone costs",
-    "hcms": "head chunks on two lanes: the paper's method",
-    "hcms-3lane": "hcms with the returns on a lane and communicator of their own",
-    "ring": "Ring Attention: K and V go round under the attention",
-    "ceiling": "ulysses-packed of which a benchmark counts the attention alone",
-}
-CUTS_HEADS = ("hcms-serial", "hcms", "hcms-3lane")
-OVERLAPS = ("hcms", "hcms-3lane", "ring")
-
-
-def build_schedule(
-    method: str,
-    plan: str | int,
-    heads_a_rank: int,
-    ranks: int,
-    *,
-    prefetch: int | None = None,
-    first: First = "exchange",
-) -> Schedule:
-    """The schedule of a method for M heads a rank.
-
-    Raises:
-        ValueError: unknown method, or a plan that does not fit M (see `parse_cut`).
-    """
-    whole = (heads_a_rank,)
-    if method == "ulysses":
-        return serial(whole, split_qkv=True)
-    if method in ("ulysses-packed", "ceiling"):
-        return serial(whole)
-    if method == "ring":
-        return ring(ranks)
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    cut = parse_cut(plan, heads_a_rank)
-    if method == "hcms-serial":
-        return serial(cut)
-    build = two_lane if method == "hcms" else three_lane
-    return build(cut, prefetch=prefetch, first=first)
 
 
 class SequenceParallelAttention:
@@ -85,7 +42,7 @@ class SequenceParallelAttention:
     Args:
         group: the ranks (Gloo, NCCL or "emulated"); the default group if None. Overlapping methods on NCCL make
             communicators of their own from it at the first call.
-        method: one of `METHODS`.
+        method: a name of the table `hcms.methods.METHODS`.
         plan: how a rank's M = N/P heads are cut: `"1-3-1"`, `"even:2"`, `"tapered:3"`, or `"auto"`, which chooses
             method, cut and order by the profile (rank 0's choice, broadcast). Ignored by methods that cut nothing.
         kernel: a name from `hcms.kernels.KERNELS`.
@@ -111,14 +68,13 @@ class SequenceParallelAttention:
         profile: str | Path | Profile | None = None,
         record_timeline: bool = False,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
         self.group = group if group is not None else _default_group()
         self.ranks = dist.get_world_size(self.group)
+        self._method = _method(method)
         self.method, self.plan = method, plan
         self.kernel: Kernel = _kernel(kernel)
-        if method == "ring" and not self.kernel.gives_lse:
-            raise ValueError(f"ring needs a kernel that gives its log-sum-exp; {kernel!r} does not")
+        if self._method.needs_lse and not self.kernel.gives_lse:
+            raise ValueError(f"{method} needs a kernel that gives its log-sum-exp; {kernel!r} does not")
         self._order: dict[str, Any] = {"prefetch": prefetch, "first": first}
         self._profile = profile
         self.record_timeline = record_timeline
@@ -172,7 +128,7 @@ class SequenceParallelAttention:
             raise ValueError(f"q, k and v must share dtype and device, got {given}")
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise ValueError("this attention is forward only: call it under torch.no_grad() or torch.inference_mode()")
-        if self.method != "ring" and q.shape[2] % self.ranks:
+        if self._method.program != "ring" and q.shape[2] % self.ranks:
             raise ValueError(f"{q.shape[2]} heads cannot be divided among {self.ranks} ranks")
 
     def _make_layer(self, q_BLNH: Tensor) -> tuple[Schedule, UlyssesProgram | RingProgram]:
@@ -180,13 +136,13 @@ class SequenceParallelAttention:
         shape = LayerShape(B, L, N, H)
         dtype, device = q_BLNH.dtype, q_BLNH.device
         heads_first = device.type == "cpu"
-        if self.plan == "auto" and self.method in CUTS_HEADS:
+        if self.plan == "auto" and self._method.cuts:
             schedule = self._choose(shape, dtype, device, heads_first)
         else:
             schedule = build_schedule(self.method, self.plan, max(1, N // self.ranks), self.ranks, **self._order)
         if self._lanes is None:
             self._lanes = self._make_lanes(device)
-        if self.method == "ring":
+        if self._method.program == "ring":
             rank = dist.get_rank(self.group)
             return schedule, RingProgram(self.ranks, rank, shape, dtype, device, self.kernel)
         return schedule, UlyssesProgram(
@@ -224,18 +180,18 @@ class SequenceParallelAttention:
         if device.type == "cuda":
             if backend != "nccl":
                 raise RuntimeError(f"tensors on {device} need an NCCL group, this one is {backend!r}")
-            lanes = {"hcms": (COMM,), "ring": (COMM,), "hcms-3lane": (COMM, COMM_OUT)}.get(self.method, ())
-            if self.plan == "auto" and self.method in CUTS_HEADS:
+            lanes = self._method.lanes
+            if self.plan == "auto" and self._method.cuts:
                 lanes = (COMM, COMM_OUT)  # whatever is chosen, for this shape or the next
             return CudaLanes(device, self.group, {lane: _high_priority_group(self.group) for lane in lanes})
-        if self.method in OVERLAPS and backend not in ("gloo", emulated.NAME):
+        if self._method.overlaps and backend not in ("gloo", emulated.NAME):
             raise RuntimeError(f"{self.method} overlaps on gloo, {emulated.NAME} and nccl groups, not on {backend!r}")
         if backend == emulated.NAME:
             return CpuLanes(self.group, {}, lambda: emulated.PORT.completed_s)
         return CpuLanes(self.group, {})
 
 
-_kernel = kernel  # the class's argument of that name hides the function
+_kernel, _method = kernel, method  # the class's arguments of these names hide the functions
 
 
 def _default_group() -> dist.ProcessGroup:

@@ -8,14 +8,13 @@ from itertools import product
 from typing import Any
 
 from hcms.hardware import visible_gpus
+from hcms.methods import METHODS
 from hcms.schedule.cut import format_cut, parse_cut
 from hcms_lab.ground.config import Config
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.peers import PEERS
 
-# Written out so that bad input is refused before torch is imported; a test holds them to hcms.parallel and kernels.py.
-METHODS = ("ulysses", "ulysses-packed", "hcms-serial", "hcms", "hcms-3lane", "ring", "ceiling")
-CUT_METHODS = ("hcms-serial", "hcms", "hcms-3lane")
+# Written out so that bad input is refused before torch is imported; a test holds them to kernels.py.
 KERNELS = ("sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "math", "flash-attn", "flash-attn-3", "sage")
 DTYPES = ("float32", "bfloat16", "float16")
 LOWEST = "lowest"  # a link.ratio: no pacing, so the ratio that the machine's own exchange has
@@ -116,8 +115,8 @@ def _cases(cfg: Config, heads_a_rank: int, ranks: int) -> tuple[Case, ...]:
     cases: dict[Case, None] = {}
     for entry in cfg.methods:
         method, _, own_cut = entry.partition("@")
-        _one_of("methods", method, (*METHODS, *(PEER + name for name in PEERS)) if method.startswith(PEER) else METHODS)
-        if method in CUT_METHODS:
+        _one_of("methods", method, (*METHODS, *(PEER + name for name in PEERS if method.startswith(PEER))))
+        if method in METHODS and METHODS[method].cuts:
             if not own_cut and not cfg.cuts:
                 raise UsageError(f"cuts=[]: {method} cuts heads; give cuts=[even:2], say, or methods=[{method}@even:2]")
             for cut in [own_cut] if own_cut else cfg.cuts:

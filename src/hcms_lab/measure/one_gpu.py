@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hcms.attention import SequenceParallelAttention, build_schedule
+from hcms.attention import SequenceParallelAttention
 from hcms.kernels import KERNELS, Kernel, attend_full, kernel
+from hcms.methods import build_schedule
 from hcms.schedule.profile import Profile, fit
 from hcms.transport.layout import HeadExchange, LayerShape
 from hcms_lab.ground.records import Record

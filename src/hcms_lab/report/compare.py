@@ -227,7 +227,7 @@ def _panel(ax: Axes, group: Group, x: str, colours: Mapping[str, str]) -> int:
         look: dict[str, Any] = {"linestyle": "--" if method == "ring" else "-"}
         if predicted:
             look |= style.PREDICTED_LINE
-        ax.plot(line.index, line, color=colour, marker=style.METHOD_MARKERS[str(method)], label=name, **look)
+        ax.plot(line.index, line, color=colour, marker=style.marker(str(method)), label=name, **look)
     points = sorted(cases[x].unique())
     if single:
         ax.set_xticks([])

@@ -76,7 +76,7 @@ def fig8(records: pd.DataFrame) -> Figure:
         axes[1].set_title(f"times measured overhead: {paid}" if paid else "no measured overhead")
         for ax in axes:
             for x in points:
-                look = {"marker": style.METHOD_MARKERS[x.taken], "markersize": 6, "markeredgewidth": 0.9}
+                look = {"marker": style.marker(x.taken), "markersize": 6, "markeredgewidth": 0.9}
                 colour = style.colour(x.taken)
                 if x.clear:
                     ax.plot(x.ratio, x.ranks, color=colour, markeredgecolor="black", **look)
@@ -98,7 +98,7 @@ def fig8(records: pd.DataFrame) -> Figure:
             Patch(facecolor=style.colour(m), label=f"{name}, predicted", **style.PREDICTED) for m, name in names.items()
         ]
         handles += [
-            Line2D([], [], linestyle="", marker=style.METHOD_MARKERS[m], color=style.colour(m), markeredgecolor="black",
+            Line2D([], [], linestyle="", marker=style.marker(m), color=style.colour(m), markeredgecolor="black",
                    markersize=6, label=f"{style.label(m)}, measured")
             for m in METHODS
         ]  # fmt: skip

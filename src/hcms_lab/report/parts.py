@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from hcms.methods import METHODS
 from hcms.schedule.cut import even
 from hcms_lab.ground.load import environment
 from hcms_lab.report import style
@@ -87,11 +88,11 @@ def method_look(method: str) -> dict[str, Any]:
     """The fixed colour, marker and dash of a method, for `plot` and `errorbar`."""
     look: dict[str, Any] = {
         "color": style.colour(method),
-        "marker": style.METHOD_MARKERS.get(method, "X"),
+        "marker": style.marker(method),
         "label": style.label(method),
     }
-    if dashes := style.METHOD_DASHES.get(method):
-        look["linestyle"] = (0, dashes)
+    if method in METHODS and METHODS[method].dashed:
+        look["linestyle"] = (0, (4, 2))
     return look
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hcms.methods import METHODS
 from hcms_lab.ground.paths import ROOT
 
 if TYPE_CHECKING:
@@ -26,36 +27,6 @@ PAGE_IN = 7.16  # both columns
 
 _BLACK, _ORANGE, _SKY, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 _BLUE, _VERMILION, _PINK, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
-
-METHOD_COLOURS = {
-    "ulysses": _VERMILION,
-    "ulysses-packed": _ORANGE,
-    "hcms-serial": _GREY,
-    "hcms": _BLUE,
-    "hcms-3lane": _SKY,
-    "ring": _GREEN,
-    "ceiling": _BLACK,
-}
-METHOD_MARKERS = {
-    "ulysses": "o",
-    "ulysses-packed": "s",
-    "hcms-serial": "v",
-    "hcms": "D",
-    "hcms-3lane": "^",
-    "ring": "P",
-    "ceiling": "_",
-}
-METHOD_DASHES = {method: (4, 2) if method in {"ceiling", "hcms-serial"} else "" for method in METHOD_COLOURS}
-METHOD_LABELS = {
-    "ulysses": "Ulysses",
-    "ulysses-packed": "Ulysses, packed QKV",
-    "hcms-serial": "chunked, no overlap",
-    "hcms": "HCMS",
-    "hcms-3lane": "HCMS, 3 lanes",
-    "ring": "Ring",
-    "ceiling": "attention alone",
-}
-METHOD_ORDER = tuple(METHOD_COLOURS)
 
 # What an operation does, in timelines and breakdowns.
 KIND_COLOURS = {"exchange": _ORANGE, "attend": _BLUE, "return": _GREEN, "rotate": _PINK, "other": _GREY}
@@ -109,18 +80,23 @@ def size(width: Literal["column", "page"] = "column", ratio: float = 0.66) -> tu
 
 def colour(method: str) -> str:
     """The method's fixed colour; a method outside the fixed names (a peer) is pink."""
-    return METHOD_COLOURS.get(method, _PINK)
+    return METHODS[method].colour if method in METHODS else _PINK
+
+
+def marker(method: str) -> str:
+    """The method's fixed marker; a peer has a cross."""
+    return METHODS[method].marker if method in METHODS else "X"
 
 
 def label(method: str) -> str:
     """The method's name as legends print it."""
-    return METHOD_LABELS.get(method, method)
+    return METHODS[method].label if method in METHODS else method
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
     """Each method once, the fixed names in their fixed order and others after them."""
     present = list(dict.fromkeys(methods))
-    return [m for m in METHOD_ORDER if m in present] + sorted(m for m in present if m not in METHOD_ORDER)
+    return [m for m in METHODS if m in present] + sorted(m for m in present if m not in METHODS)
 
 
 def hardware_colours(hardware: Iterable[str]) -> dict[str, str]:
