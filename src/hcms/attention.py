@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hcms.calibrate import calibrate
 from hcms.hardware import hardware
-from hcms.kernels import Kernel, kernel
+from hcms.kernels import Kernel, kernel, rows_stand_alone
 from hcms.lanes import Lanes
 from hcms.lanes.cpu import CpuLanes
 from hcms.lanes.cuda import CudaLanes
@@ -43,8 +44,9 @@ class SequenceParallelAttention:
         group: the ranks (Gloo, NCCL or "emulated"); the default group if None. Overlapping methods on NCCL make
             communicators of their own from it at the first call.
         method: a name of the table `hcms.methods.METHODS`.
-        plan: how a rank's M = N/P heads are cut: `"1-3-1"`, `"even:2"`, `"tapered:3"`, or `"auto"`, which chooses
-            method, cut and order by the profile (rank 0's choice, broadcast). Ignored by methods that cut nothing.
+        plan: how a rank's M = N/P heads are cut: `"1-3-1"`, `"even:2"`, `"1x2-3-1x2"` (ends in parts), or `"auto"`,
+            which chooses method, cut and order by the profile (rank 0's choice, broadcast). Ignored by methods that cut
+            nothing.
         kernel: a name from `hcms.kernels.KERNELS`.
         prefetch, first: see `two_lane`.
         profile: for `plan="auto"`, a profile or its path; measured on the first call of a shape if None.
@@ -139,15 +141,53 @@ class SequenceParallelAttention:
         if self.plan == "auto" and self._method.cuts:
             schedule = self._choose(shape, dtype, device, heads_first)
         else:
-            schedule = build_schedule(self.method, self.plan, max(1, N // self.ranks), self.ranks, **self._order)
+            schedule = build_schedule(
+                self.method, self.plan, max(1, N // self.ranks), self.ranks, on_host=heads_first, **self._order
+            )
         if self._lanes is None:
             self._lanes = self._make_lanes(device)
         if self._method.program == "ring":
             rank = dist.get_rank(self.group)
             return schedule, RingProgram(self.ranks, rank, shape, dtype, device, self.kernel)
-        return schedule, UlyssesProgram(
-            HeadExchange(schedule, self.ranks, shape, dtype, device, heads_first=heads_first), self.kernel
+        self._refuse_uneven_bits(schedule, shape, dtype, device)
+        exchange = HeadExchange(
+            schedule,
+            self.ranks,
+            shape,
+            dtype,
+            device,
+            heads_first=heads_first,
+            rank=dist.get_rank(self.group),
+            # Gloo has no all-to-all that leaves a share out; there the copy takes no core from anyone.
+            own_apart=schedule.copies_apart and not heads_first,
         )
+        return schedule, UlyssesProgram(exchange, self.kernel)
+
+    def _refuse_uneven_bits(
+        self, schedule: Schedule, shape: LayerShape, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Thin ends split a chunk's rows: refuse where this kernel would give them other bits, on all ranks alike."""
+        L, P, H = shape.local_tokens, self.ranks, shape.head_dim
+        generator = torch.Generator(device).manual_seed(0)
+        for m, parts in set(zip(schedule.cut, schedule.parts, strict=True)):
+            if parts == 1 or parts > L:
+                continue
+            size = (shape.batch, P * L, m, H)
+            token = torch.arange(P * L, device=device) % L  # a token's place among its rank's
+            rows = [((L * i // parts <= token) & (token < L * (i + 1) // parts)).nonzero()[:, 0] for i in range(parts)]
+
+            def drawn(size: tuple[int, ...] = size) -> list[Tensor]:
+                return [
+                    torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in "qkv"
+                ]
+
+            # A rounding that differs shows in few elements of half precision: small layers are drawn more often.
+            draws = max(1, _ELEMENTS_TRIED // math.prod(size))
+            if not all(rows_stand_alone(self.kernel, *drawn(), rows) for _ in range(draws)):
+                raise ValueError(
+                    f"kernel {self.kernel.name!r} rounds rows of a chunk of {m} heads otherwise in {parts} parts than "
+                    f"in one, at {P * L} tokens: results would not be Ulysses' bit for bit; choose a cut without parts"
+                )
 
     def _choose(self, shape: LayerShape, dtype: torch.dtype, device: torch.device, heads_first: bool) -> Schedule:
         """Rank 0's choice for this shape, on the given profile or on one measured now. Collective."""
@@ -191,6 +231,7 @@ class SequenceParallelAttention:
         return CpuLanes(self.group, {})
 
 
+_ELEMENTS_TRIED = 1 << 20
 _kernel, _method = kernel, method  # the class's arguments of these names hide the functions
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from hcms.schedule.cut import parse_cut
-from hcms.schedule.plan import Plan
+from hcms.schedule.cut import Shape, parse_shape
+from hcms.schedule.plan import Plan, Setting
 from hcms.schedule.schedule import COMM, COMM_OUT, Schedule, ring, serial, three_lane, two_lane
+from hcms.schedule.zero import zero
 
-Build = Callable[[Plan, int], Schedule]
+Build = Callable[[Plan, Setting], Schedule]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Method:
         label: as figures and tables print it.
         summary: what it does, in half a sentence.
         colour, marker, dashed: how figures draw it; colours are those of Okabe and Ito (2008).
-        build: `(plan, ranks) -> Schedule`.
+        build: `(plan, setting) -> Schedule`.
         cuts: whether it cuts a rank's heads into chunks, so that a plan's cut means something.
+        thins: whether it can split the ends of a cut into parts, and attend on two lanes.
         lanes: the lanes besides the compute lane that its schedules may use.
         program: what carries out its operations, `ulysses` (heads are exchanged) or `ring` (K and V go round).
         needs_lse: whether the kernel must give its log-sum-exp.
@@ -41,6 +43,7 @@ class Method:
     marker: str
     build: Build
     cuts: bool = False
+    thins: bool = False
     dashed: bool = False
     lanes: tuple[str, ...] = ()
     program: Literal["ulysses", "ring"] = "ulysses"
@@ -79,15 +82,32 @@ def method(name: str) -> Method:
     return METHODS[name]
 
 
-def build_schedule(name: str, cut: str | int, heads_a_rank: int, ranks: int, **order: object) -> Schedule:
+def shape_for(chosen: Method, cut: str | int, heads_a_rank: int) -> Shape:
+    """A cut in text for M heads a rank, as this method takes it; one chunk where it cuts nothing.
+
+    Raises:
+        ValueError: a cut that does not fit M (see `parse_shape`), or thin ends that this method does not have.
+    """
+    if not chosen.cuts:
+        return Shape((heads_a_rank,))
+    shape = parse_shape(cut, heads_a_rank)
+    if not chosen.thins and (max(shape.ends) > 1 or shape.fill):
+        able = ", ".join(m.name for m in METHODS.values() if m.thins)
+        raise ValueError(f"cut {str(cut)!r}: {chosen.name} splits no ends and fills no tails; {able} does")
+    return shape
+
+
+def build_schedule(
+    name: str, cut: str | int, heads_a_rank: int, ranks: int, *, on_host: bool = False, **order: object
+) -> Schedule:
     """The schedule of a method for M heads a rank; `order` holds further fields of `Plan`.
 
     Raises:
-        ValueError: unknown method, or a cut that does not fit M (see `parse_cut`).
+        ValueError: unknown method, or a cut that does not fit M or the method (see `shape_for`).
     """
     chosen = method(name)
-    chunks = parse_cut(cut, heads_a_rank) if chosen.cuts else (heads_a_rank,)
-    return chosen.build(Plan(name, chunks, **order), ranks)  # pyright: ignore[reportArgumentType]
+    shape = shape_for(chosen, cut, heads_a_rank)
+    return chosen.build(Plan(name, shape.cut, ends=shape.ends, fill=shape.fill, **order), Setting(ranks, on_host))  # pyright: ignore[reportArgumentType]
 
 
 register(
@@ -97,7 +117,7 @@ register(
         "three exchanges, attention, a return, one after the other (DeepSpeed, Wan2.2)",
         "#D55E00",
         "o",
-        lambda plan, ranks: serial(plan.cut, split_qkv=True),
+        lambda plan, setting: serial(plan.cut, split_qkv=True),
     )
 )
 register(
@@ -107,7 +127,7 @@ register(
         "the same with Q, K and V in one exchange",
         "#E69F00",
         "s",
-        lambda plan, ranks: serial(plan.cut),
+        lambda plan, setting: serial(plan.cut),
     )
 )
 register(
@@ -117,7 +137,7 @@ register(
         "head chunks without overlap: what chunking alone costs",
         "#7F7F7F",
         "v",
-        lambda plan, ranks: serial(plan.cut),
+        lambda plan, setting: serial(plan.cut),
         cuts=True,
         dashed=True,
     )
@@ -129,7 +149,7 @@ register(
         "head chunks on two lanes: the paper's method",
         "#0072B2",
         "D",
-        lambda plan, ranks: two_lane(plan.cut, prefetch=plan.prefetch, first=plan.first),
+        lambda plan, setting: two_lane(plan.cut, prefetch=plan.prefetch, first=plan.first),
         cuts=True,
         lanes=(COMM,),
     )
@@ -141,8 +161,21 @@ register(
         "hcms with the returns on a lane and communicator of their own",
         "#56B4E9",
         "^",
-        lambda plan, ranks: three_lane(plan.cut, prefetch=plan.prefetch, first=plan.first),
+        lambda plan, setting: three_lane(plan.cut, prefetch=plan.prefetch, first=plan.first),
         cuts=True,
+        lanes=(COMM, COMM_OUT),
+    )
+)
+register(
+    Method(
+        "hcms-zero",
+        "HCMS, zero SM",
+        "head chunks whose communication lanes need no SM, with thin ends",
+        "#882255",
+        "*",
+        lambda plan, setting: zero(plan.cut, ends=plan.ends, fill=plan.fill, on_host=setting.on_host),
+        cuts=True,
+        thins=True,
         lanes=(COMM, COMM_OUT),
     )
 )
@@ -153,7 +186,7 @@ register(
         "Ring Attention: K and V go round under the attention",
         "#009E73",
         "P",
-        lambda plan, ranks: ring(ranks),
+        lambda plan, setting: ring(setting.ranks),
         lanes=(COMM,),
         program="ring",
         needs_lse=True,
@@ -166,7 +199,7 @@ register(
         "ulysses-packed of which a benchmark counts the attention alone",
         "#000000",
         "_",
-        lambda plan, ranks: serial(plan.cut),
+        lambda plan, setting: serial(plan.cut),
         dashed=True,
         counts="attention",
     )

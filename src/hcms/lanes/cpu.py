@@ -9,7 +9,7 @@ from time import perf_counter
 import torch.distributed as dist
 
 from hcms.lanes import Program
-from hcms.schedule.schedule import COMPUTE, Schedule
+from hcms.schedule.schedule import COMPUTE_LANES, Schedule
 from hcms.schedule.timeline import Span, Timeline
 
 
@@ -62,7 +62,7 @@ class CpuLanes:
                 begins_s.append(perf_counter())
                 works.append(program.start(op, self._groups.get(op.lane, self._group), True))
                 ends_s.append(perf_counter())
-                if op.lane == COMPUTE:
+                if op.lane in COMPUTE_LANES:
                     finish(index)
                     ends_s[index] = perf_counter()
             for index in range(len(works)):

@@ -6,12 +6,13 @@ import torch
 import torch.distributed as dist
 
 from hcms.lanes import Program
-from hcms.schedule.schedule import COMPUTE, Schedule
+from hcms.schedule.schedule import COMPUTE, COMPUTE_2, Schedule
 from hcms.schedule.timeline import Span, Timeline
 
 
 class CudaLanes:
-    """Lanes on a GPU: attention on the caller's current stream, each communication lane a high-priority side stream.
+    """Lanes on a GPU: attention on the caller's current stream (and one more, where a schedule asks for it), each
+    communication lane a high-priority side stream.
 
     Streams and events belong to this object, one set a device, reused by every call. No call synchronises the host
     (recording a Timeline does, once, at its end), allocates events, or uses `record_stream`: what side streams read or
@@ -29,6 +30,8 @@ class CudaLanes:
         self._group = group
         self._groups = groups
         self._streams = {lane: torch.cuda.Stream(device, priority=-1) for lane in groups}
+        # Of the caller's priority, so that attention on both shares the SMs block by block.
+        self._streams[COMPUTE_2] = torch.cuda.Stream(device)
         self._events: dict[bool, list[torch.cuda.Event]] = {False: [], True: []}
 
     def _event(self, index: int, timing: bool) -> torch.cuda.Event:

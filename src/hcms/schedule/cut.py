@@ -1,9 +1,14 @@
-"""How a rank's M heads are cut into chunks: even, tapered or as given."""
+"""How a rank's M heads are cut into chunks: even, tapered or as given; and what may be added to a cut in text.
+
+`"1x2-3-1x2+fill"` is the cut 1-3-1 whose first chunk's queries and last chunk's rows travel in 2 parts each, with
+attention of neighbouring chunks on two lanes.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 Cut = tuple[int, ...]
 
@@ -62,6 +67,46 @@ def parse_cut(text: str | int, heads: int) -> Cut:
     if sum(cut) != heads:
         raise ValueError(f"cut {text!r} adds up to {sum(cut)} heads, but a rank has {heads}")
     return cut
+
+
+class Shape(NamedTuple):
+    """A cut with what is done at its ends; see `Plan`."""
+
+    cut: Cut
+    ends: tuple[int, int] = (1, 1)
+    fill: bool = False
+
+    def __str__(self) -> str:
+        parts = [str(m) for m in self.cut]
+        first, last = self.ends
+        if len(parts) == 1:
+            first = last = max(self.ends)
+        for at, n in ((0, first), (-1, last if len(parts) > 1 else 1)):
+            parts[at] += f"x{n}" if n > 1 else ""
+        return "-".join(parts) + ("+fill" if self.fill else "")
+
+
+def parse_shape(text: str | int, heads: int) -> Shape:
+    """Read a cut and what is added to it: `"1x2-3-1x2"`, `"even:5x4"` (both ends in 4 parts), `"1-3-1+fill"`.
+
+    Raises:
+        ValueError: as `parse_cut`; parts elsewhere than at an end, or fewer than one.
+    """
+    text = str(text).strip()
+    plain = text.removesuffix("+fill")
+    chunks = plain.split("-")
+    found: list[int] = []
+    for place, chunk in enumerate(chunks):
+        match = re.fullmatch(r"(\d+|\w+:\w+?)(?:x(\d+))?", chunk)
+        if match is None:
+            raise ValueError(f"cut {text!r} is not of the form '1-3-1', 'even:2', 'tapered:3' or '1x2-3-1x2+fill'")
+        parts = int(match[2] or 1)
+        if parts < 1 or (parts > 1 and 0 < place < len(chunks) - 1):
+            raise ValueError(f"cut {text!r}: only the first and the last chunk come in parts, in 1 or more")
+        chunks[place] = match[1]
+        found.append(parts)
+    cut = parse_cut("-".join(chunks), heads)
+    return Shape(cut, (found[0], found[-1]), plain != text)
 
 
 def compositions(heads: int, *, max_chunks: int | None = None) -> Iterator[Cut]:

@@ -18,9 +18,26 @@ class Plan:
         prefetch: chunks exchanged ahead of the one attended to; None is all of them.
         first: once a chunk is attended to, what goes onto the communication lane first: the next chunk's `exchange`,
             or this chunk's `return`.
+        ends: into how many parts the first chunk's queries and the last chunk's rows are split.
+        fill: whether attention of neighbouring chunks runs on two lanes, so that one fills the other's last wave.
     """
 
     method: str
     cut: Cut
     prefetch: int | None = None
     first: First = "exchange"
+    ends: tuple[int, int] = (1, 1)
+    fill: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a schedule is built for.
+
+    Args:
+        ranks: P.
+        on_host: the issuing thread itself computes and copies (CPU); it must put work onto the link before it computes.
+    """
+
+    ranks: int
+    on_host: bool = False

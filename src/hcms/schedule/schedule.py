@@ -1,6 +1,6 @@
 """A schedule is data: operations on lanes, in the order in which the host issues them.
 
-Four readers share one `Schedule`: `parallel/lanes.py` runs it, `simulate.py` prices it, the timeline figure draws it
+Four readers share one `Schedule`: lanes run it, `simulate.py` prices it, the timeline figure draws it
 and property tests check it. A new idea (a lane, a deeper prefetch) is a new builder here and nothing else.
 
 Lanes are first in, first out, as CUDA streams are: an operation starts when the one before it on its lane has ended
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-Kind = Literal["exchange", "attend", "return", "rotate"]
+Kind = Literal["pack", "exchange", "attend", "return", "unpack", "rotate"]
 First = Literal["exchange", "return"]
 
 COMPUTE = "compute"
+COMPUTE_2 = "compute-2"
 COMM = "comm"
 COMM_OUT = "comm-out"
+COMPUTE_LANES = (COMPUTE, COMPUTE_2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +29,15 @@ class Op:
 
     Args:
         kind: `exchange` (sequence shards to head shards), `attend`, `return` (the reverse, for the output), or
-            `rotate` (Ring Attention: pass K and V to the next rank).
+            `rotate` (Ring Attention: pass K and V to the next rank). A schedule that has `pack` (lay a chunk's heads
+            side by side, the own share straight where it is read) and `unpack` (put a returned chunk into its place)
+            moves bytes alone in its exchanges and returns; in one that has none, they make these copies themselves.
         chunk: index into the schedule's cut; for Ring Attention, the step.
         lane: the lane that carries it.
         after: indices of the operations that must have ended, all smaller than this operation's own.
-        tensors: what an `exchange` carries: `"qkv"` packed in one collective, or `"q"`, `"k"`, `"v"` alone.
+        tensors: what an `exchange` carries: `"qkv"` packed in one collective, `"kv"`, or `"q"`, `"k"`, `"v"` alone.
+        part: `(i, n)`: of n parts of the chunk's queries, the i-th; its rows are the i-th part of each rank's tokens.
+            What a part concerns are an exchange of `"q"`, an `attend`, a `return` and an `unpack`.
     """
 
     kind: Kind
@@ -39,6 +45,7 @@ class Op:
     lane: str
     after: tuple[int, ...] = ()
     tensors: str = "qkv"
+    part: tuple[int, int] = (0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,20 @@ class Schedule:
     def lanes(self) -> tuple[str, ...]:
         """The lanes in order of first use."""
         return tuple(dict.fromkeys(op.lane for op in self.ops))
+
+    @property
+    def copies_apart(self) -> bool:
+        """Whether packing and unpacking are operations of their own, so that an exchange moves bytes and no more."""
+        return any(op.kind == "pack" for op in self.ops)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """For each chunk, into how many parts its queries are split."""
+        parts = [1] * len(self.cut)
+        for op in self.ops:
+            if op.kind == "attend":
+                parts[op.chunk] = op.part[1]
+        return tuple(parts) if self.name != "ring" else (1,) * len(self.cut)
 
     @property
     def overlaps(self) -> bool:

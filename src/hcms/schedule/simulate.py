@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from hcms.schedule.schedule import COMPUTE, Op, Schedule
+from hcms.schedule.schedule import COMPUTE_LANES, Op, Schedule
 from hcms.schedule.timeline import Span, Timeline
 
 
@@ -67,7 +67,7 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
         lane_free_ms[op.lane] = end_ms
         ended_ms.append(end_ms)
         finish_ms.append(cost.finish_ms)
-        if costs.host_computes and op.lane == COMPUTE:
+        if costs.host_computes and op.lane in COMPUTE_LANES:
             finish(index)
         spans.append(Span(op, begin_ms, end_ms))
     for index in range(len(ended_ms)):

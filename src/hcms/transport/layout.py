@@ -9,17 +9,23 @@ lies), one otherwise, and one into its place in `out_BLNH`.
 Chunk c owns its own region of each buffer, so that no chunk waits for another's buffer, and the whole is no larger than
 what one-chunk Ulysses needs. Regions are used again as soon as they are free: what was sent makes room for the copy
 heads first, and the regions that held a chunk's Q, K and V carry its output back.
+
+A chunk whose queries are split into parts keeps each part's rows together (the i-th part of every rank's tokens), so
+that a part arrives, is attended to and leaves by itself. It travels as K and V together and each part of Q alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hcms.schedule.schedule import Schedule
+from hcms.transport.collective import Slots, others
 
 
 @dataclass(frozen=True)
@@ -53,36 +59,65 @@ def widened(x: Tensor) -> Tensor:
         return x
 
 
-class _Slots:
-    """A tensor `[..., H]` that is copied to or from others of its shape, as wide as both allow."""
+class _View:
+    """A tensor `[P, L, B, m, H]` that is copied to or from others of its shape, as wide as both allow."""
 
     def __init__(self, x: Tensor) -> None:
         self.plain, self.wide = x, widened(x)
 
-    def copy_(self, source: _Slots, heads: slice) -> None:
-        """Copy `heads` of a source `[P, L, B, M, H]` into all of this `[P, L, B, m, H]`."""
-        self._pick(source).copy_(source._pick(self)[:, :, :, heads])
+    def copy_(self, source: _View, at: _Place, slots: slice = slice(None)) -> None:
+        """Copy `slots` of a source's `at` into the same slots of this."""
+        wide = source._is_wide and self._is_wide
+        self._as(wide)[slots].copy_(source._as(wide)[slots, at.tokens, :, at.heads])
 
-    def copy_to(self, target: _Slots, heads: slice) -> None:
-        """Copy all of this into `heads` of a target."""
-        target._pick(self)[:, :, :, heads].copy_(self._pick(target))
+    def copy_to(self, target: _View, at: _Place, slots: slice = slice(None)) -> None:
+        """Copy `slots` of this into a target's `at`."""
+        wide = target._is_wide and self._is_wide
+        target._as(wide)[slots, at.tokens, :, at.heads].copy_(self._as(wide)[slots])
 
-    def _pick(self, other: _Slots) -> Tensor:
-        return self.wide if other.wide is not other.plain and self.wide is not self.plain else self.plain
+    @property
+    def _is_wide(self) -> bool:
+        return self.wide is not self.plain
+
+    def _as(self, wide: bool) -> Tensor:
+        return self.wide if wide else self.plain
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a chunk, or a part of one, lies in `x_PLBMH`."""
+
+    tokens: slice
+    heads: slice
+
+
+@dataclass(frozen=True)
+class _Message:
+    """What one exchange carries. `t` counts its tensors, `l` its part of a rank's tokens."""
+
+    slots: Slots  # send_PlBtmH, recv_PlBtmH
+    place: _Place
+    send: dict[str, _View]  # by tensor, send_PlBmH
+    recv: dict[str, _View]
+    arrived_BSmH: dict[str, Tensor]  # views of what was received
+    heads_first_BSmH: dict[str, Tensor]  # where it is copied heads first; empty where it is used as it lies
+
+
+@dataclass(frozen=True)
+class _Return:
+    """What one return carries: a part of a chunk's output."""
+
+    slots: Slots  # send_PlBmH (where the kernel's own output cannot be sent), recv_PlBmH
+    place: _Place
+    recv: _View
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The views of one chunk, made once so that a warm call makes none. `t` is 3, or 1 for a tensor sent alone."""
+    """The views of one chunk, made once so that a warm call makes none."""
 
-    heads: slice  # this chunk's place among a rank's M heads
-    packed: dict[str, tuple[Tensor, Tensor]]  # tensors -> send_PLBtmH, recv_PLBtmH
-    slots: dict[str, list[_Slots]]  # tensors -> send_PLBmH of each of them
-    arrived_3BSmH: list[Tensor]  # q, k, v as views of what was received
-    heads_first_3BSmH: list[Tensor] | None  # q, k, v copied heads first, as views
-    o_send_SBmH: Tensor
-    o_recv_PLBmH: Tensor
-    o_slots: _Slots  # o_recv_PLBmH
+    messages: dict[tuple[str, int], _Message]
+    returns: list[_Return]  # by part
 
 
 class HeadExchange:
@@ -92,11 +127,16 @@ class HeadExchange:
     schedule and never freed while a call is in flight. Nothing here waits on the host.
 
     Args:
-        schedule: gives the cut, and whether Q, K and V travel packed or alone.
+        schedule: gives the cut, the parts, and whether Q, K and V travel packed or alone.
         ranks: P.
         shape: this rank's inputs.
         dtype, device: of the inputs.
         heads_first: copy arrived chunks of several heads to `[B, m, S, H]` (deviation 5).
+        rank: this rank; asked for with `own_apart` only.
+        own_apart: the own share is copied into its place when packing and when unpacking, and never sent.
+
+    Raises:
+        ValueError: more parts than a rank has tokens.
     """
 
     def __init__(
@@ -108,47 +148,76 @@ class HeadExchange:
         device: torch.device,
         *,
         heads_first: bool,
+        rank: int = 0,
+        own_apart: bool = False,
     ) -> None:
         P, B, L, N, H = ranks, shape.batch, shape.local_tokens, shape.heads, shape.head_dim
-        S, M = P * L, N // P
+        M = N // P
         assert N == P * M and sum(schedule.cut) == M
-        self._ranks, self._M = P, M
+        if max(schedule.parts) > L:
+            raise ValueError(f"{max(schedule.parts)} parts cannot be cut from a rank's {L} tokens")
+        self.schedule = schedule
+        self.ranks, self._rank, self._M, self._B, self._H = P, rank, M, B, H
+        self._own_apart, self._heads_first = own_apart, heads_first
+        self._others = others(rank, P) if own_apart else [slice(None)]
+        self._own = slice(rank, rank + 1)
         per_head = P * B * L * H
         self._buffers = [torch.empty(3 * M * per_head, dtype=dtype, device=device) for _ in range(2)]
-        sent_together = {op.tensors for op in schedule.ops if op.kind == "exchange"}
-        self._chunks: list[_Chunk] = []
-        for start, m in zip(schedule.chunk_starts, schedule.cut, strict=True):
-            send, recv = (b[3 * start * per_head : 3 * (start + m) * per_head] for b in self._buffers)
-            packed: dict[str, tuple[Tensor, Tensor]] = {}
-            if "qkv" in sent_together:
-                packed["qkv"] = (send.view(P, L, B, 3, m, H), recv.view(P, L, B, 3, m, H))
-                arrived = [packed["qkv"][1].view(S, B, 3, m, H)[:, :, t].transpose(0, 1) for t in range(3)]
-            else:
-                for t, name in enumerate("qkv"):
-                    packed[name] = (send.view(3, P, L, B, 1, m, H)[t], recv.view(3, P, L, B, 1, m, H)[t])
-                arrived = [packed[name][1].view(S, B, m, H).transpose(0, 1) for name in "qkv"]
-            heads_first_views = None
-            if heads_first and m > 1:
-                # Tensor t's part of the send region was sent before t was received, whether packed or alone.
-                heads_first_views = [x.transpose(1, 2) for x in send.view(3, B, m, S, H)]
-            self._chunks.append(
-                _Chunk(
-                    slice(start, start + m),
-                    packed,
-                    {
-                        tensors: [_Slots(send_PLBtmH[:, :, :, t]) for t in range(len(tensors))]
-                        for tensors, (send_PLBtmH, _) in packed.items()
-                    },
-                    arrived,
-                    heads_first_views,
-                    send[: m * per_head].view(S, B, m, H),
-                    recv[: m * per_head].view(P, L, B, m, H),
-                    _Slots(recv[: m * per_head].view(P, L, B, m, H)),
+        together = {op.tensors for op in schedule.ops if op.kind == "exchange"}
+        self._chunks = [
+            self._chunk(
+                slice(start, start + m),
+                *(b[3 * start * per_head : 3 * (start + m) * per_head] for b in self._buffers),
+                tokens=_split(L, parts),
+                split=together == {"q", "k", "v"},
+            )
+            for start, m, parts in zip(schedule.chunk_starts, schedule.cut, schedule.parts, strict=True)
+        ]
+        self._inputs: dict[str, _View] = {}
+        self._out: _View | None = None
+
+    def _chunk(self, heads: slice, send: Tensor, recv: Tensor, *, tokens: Sequence[slice], split: bool) -> _Chunk:
+        """The views of a chunk in its regions of both buffers: Q, or its parts, first; the output takes its place."""
+        P, B, H, m = self.ranks, self._B, self._H, heads.stop - heads.start
+        L = tokens[-1].stop
+        whole = slice(0, L)
+        a_token = P * B * m * H  # elements of one tensor, of one token of every rank
+        if len(tokens) > 1:
+            wanted = [("q", i, rows, rows.start * a_token) for i, rows in enumerate(tokens)]
+            wanted.append(("kv", 0, whole, L * a_token))
+        elif split:
+            wanted = [(name, 0, whole, t * L * a_token) for t, name in enumerate("qkv")]
+        else:
+            wanted = [("qkv", 0, whole, 0)]
+        messages = {}
+        for tensors, part, rows, start in wanted:
+            n, t = rows.stop - rows.start, len(tensors)
+            region = slice(start, start + t * n * a_token)
+            send_PlBtmH, recv_PlBtmH = (b[region].view(P, n, B, t, m, H) for b in (send, recv))
+            heads_first = {}
+            if self._heads_first and m > 1:
+                # What lies in the send region has been sent before anything of this message was received.
+                heads_first = dict(
+                    zip(tensors, (x.transpose(1, 2) for x in send[region].view(t, B, m, P * n, H)), strict=True)
+                )
+            messages[tensors, part] = _Message(
+                Slots(send_PlBtmH, recv_PlBtmH, self._rank, self._own_apart),
+                _Place(rows, heads),
+                {name: _View(send_PlBtmH[:, :, :, i]) for i, name in enumerate(tensors)},
+                {name: _View(recv_PlBtmH[:, :, :, i]) for i, name in enumerate(tensors)},
+                {name: recv_PlBtmH.view(P * n, B, t, m, H)[:, :, i].transpose(0, 1) for i, name in enumerate(tensors)},
+                heads_first,
+            )
+        returns = []
+        for rows in tokens:
+            region = slice(rows.start * a_token, rows.stop * a_token)
+            send_PlBmH, recv_PlBmH = (b[region].view(P, -1, B, m, H) for b in (send, recv))
+            returns.append(
+                _Return(
+                    Slots(send_PlBmH, recv_PlBmH, self._rank, self._own_apart), _Place(rows, heads), _View(recv_PlBmH)
                 )
             )
-
-        self._inputs: dict[str, _Slots] = {}
-        self._out: _Slots | None = None
+        return _Chunk(messages, returns)
 
     def bind(self, inputs_BLNH: dict[str, Tensor], out_BLNH: Tensor) -> None:
         """Take a call's tensors: `q`, `k` and `v` to be exchanged, and where the output goes. `release` drops them."""
@@ -158,9 +227,9 @@ class HeadExchange:
     def release(self) -> None:
         self._inputs, self._out = {}, None
 
-    def _by_rank(self, x_BLNH: Tensor) -> _Slots:
+    def _by_rank(self, x_BLNH: Tensor) -> _View:
         """`x_PLBMH`: the heads of each rank as a slot, a view."""
-        return _Slots(x_BLNH.unflatten(2, (self._ranks, self._M)).permute(2, 1, 0, 3, 4))
+        return _View(x_BLNH.unflatten(2, (self.ranks, self._M)).permute(2, 1, 0, 3, 4))
 
     @property
     def nbytes(self) -> int:
@@ -172,45 +241,76 @@ class HeadExchange:
         for buffer in self._buffers:
             buffer.fill_(float("nan"))
 
-    def pack(self, chunk: int, tensors: str) -> None:
-        """Copy a chunk's heads side by side, a slot a rank, on the current stream."""
-        c = self._chunks[chunk]
-        for name, send_PLBmH in zip(tensors, c.slots[tensors], strict=True):
-            send_PLBmH.copy_(self._inputs[name], c.heads)
+    def pack(self, chunk: int, tensors: str, part: int = 0) -> None:
+        """Copy a message's heads side by side, a slot a rank, on the current stream."""
+        message = self._chunks[chunk].messages[tensors, part]
+        for name in tensors:
+            x = self._inputs[name]
+            for slots in self._others:
+                message.send[name].copy_(x, message.place, slots)
+            if self._own_apart:
+                message.recv[name].copy_(x, message.place, self._own)
+
+    def pack_chunk(self, chunk: int) -> None:
+        """Pack all that a chunk sends."""
+        for tensors, part in self._chunks[chunk].messages:
+            self.pack(chunk, tensors, part)
 
     def send(self, chunk: int, tensors: str, group: dist.ProcessGroup, async_op: bool) -> dist.Work | None:
         """Pack a chunk's heads and start their all-to-all on the current stream; returns the Work if asynchronous."""
         self.pack(chunk, tensors)
         return self.exchange(chunk, tensors, group, async_op)
 
-    def exchange(self, chunk: int, tensors: str, group: dist.ProcessGroup, async_op: bool) -> dist.Work | None:
-        """The all-to-all of a packed chunk alone."""
-        send_PLBtmH, recv_PLBtmH = self._chunks[chunk].packed[tensors]
-        return dist.all_to_all_single(recv_PLBtmH, send_PLBtmH, group=group, async_op=async_op)
+    def exchange(
+        self, chunk: int, tensors: str, group: dist.ProcessGroup, async_op: bool, part: int = 0
+    ) -> dist.Work | None:
+        """The all-to-all of a packed message alone."""
+        return self._chunks[chunk].messages[tensors, part].slots.exchange(group, async_op)
 
-    def receive(self, chunk: int, tensors: str) -> None:
-        """Make an arrived chunk ready for the kernel; nothing to do where it is used as it lies."""
-        c = self._chunks[chunk]
-        if c.heads_first_3BSmH is not None:
-            for name in tensors:
-                t = "qkv".index(name)
-                c.heads_first_3BSmH[t].copy_(c.arrived_3BSmH[t])
+    def receive(self, chunk: int, tensors: str, part: int = 0) -> None:
+        """Make an arrived message ready for the kernel; nothing to do where it is used as it lies."""
+        message = self._chunks[chunk].messages[tensors, part]
+        for name, x_BSmH in message.heads_first_BSmH.items():
+            x_BSmH.copy_(message.arrived_BSmH[name])
 
-    def chunk_qkv(self, chunk: int) -> list[Tensor]:
-        """`q_BSmH, k_BSmH, v_BSmH` of an arrived chunk: views of owned buffers, valid until the next call."""
-        c = self._chunks[chunk]
-        return c.arrived_3BSmH if c.heads_first_3BSmH is None else c.heads_first_3BSmH
+    def chunk_qkv(self, chunk: int, part: int = 0) -> list[Tensor]:
+        """`q_BSmH, k_BTmH, v_BTmH` of an arrived chunk, q of one part: views of owned buffers, valid until the next
+        call."""
+        ready: dict[str, Tensor] = {}
+        for (tensors, i), message in self._chunks[chunk].messages.items():
+            if tensors != "q" or i == part:
+                ready |= message.heads_first_BSmH or message.arrived_BSmH
+        return [ready[name] for name in "qkv"]
 
-    def send_back(self, chunk: int, o_BSmH: Tensor, group: dist.ProcessGroup, async_op: bool) -> dist.Work | None:
-        """Start the all-to-all of a chunk's output. The caller keeps `o_BSmH` alive until the Work is done."""
-        c = self._chunks[chunk]
+    def sendable(self, chunk: int, o_BSmH: Tensor, part: int = 0) -> Tensor:
+        """A kernel's result as it can be sent, `o_PlBmH`: itself, or copied into an owned buffer on the current
+        stream."""
+        back = self._chunks[chunk].returns[part].slots
         o_SBmH = o_BSmH.transpose(0, 1)
-        if not o_SBmH.is_contiguous():
-            o_SBmH = c.o_send_SBmH.copy_(o_SBmH)
-        return dist.all_to_all_single(c.o_recv_PLBmH, o_SBmH.view_as(c.o_recv_PLBmH), group=group, async_op=async_op)
+        if o_SBmH.is_contiguous():
+            return o_SBmH.view_as(back.send)
+        return back.send.copy_(o_SBmH.reshape(back.send.shape))
 
-    def receive_back(self, chunk: int) -> None:
-        """Put a returned chunk into its heads of the output."""
+    def send_back(
+        self, chunk: int, o_BSmH: Tensor, group: dist.ProcessGroup, async_op: bool, part: int = 0
+    ) -> dist.Work | None:
+        """Start the all-to-all of a chunk's output. The caller keeps `o_BSmH` alive until the Work is done."""
+        back = self._chunks[chunk].returns[part].slots
+        o_PlBmH = self.sendable(chunk, o_BSmH, part)
+        return Slots(o_PlBmH, back.recv, back.rank, back.own_apart).exchange(group, async_op)
+
+    def receive_back(self, chunk: int, part: int = 0, own_PlBmH: Tensor | None = None) -> None:
+        """Put a returned chunk into its heads of the output; the own share from `own_PlBmH` where it was not sent."""
         assert self._out is not None
-        c = self._chunks[chunk]
-        c.o_slots.copy_to(self._out, c.heads)
+        back = self._chunks[chunk].returns[part]
+        for slots in self._others:
+            back.recv.copy_to(self._out, back.place, slots)
+        if self._own_apart:
+            assert own_PlBmH is not None
+            _View(own_PlBmH).copy_to(self._out, back.place, self._own)
+
+
+def _split(tokens: int, parts: int) -> list[slice]:
+    """`tokens` in so many parts that differ by one at most."""
+    edges = [tokens * i // parts for i in range(parts + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]
