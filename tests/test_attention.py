@@ -277,7 +277,7 @@ def test_what_bad_calls_are_told() -> None:
         expected[f"shape, {state}"] = r"ValueError: q, k and v must share one shape .* \(1, 3, 4, 8\)"
         expected[f"rank of tensor, {state}"] = r"ValueError: q, k and v must share one shape .* \(4, 4, 8\)"
         expected[f"dtype, {state}"] = "ValueError: q, k and v must share dtype and device, .*float64"
-    for method in ("hcms", "hcms-3lane", "ring"):
+    for method in ("hcms", "hcms-3lane", "hcms-zero", "ring"):
         expected[f"{method} on another backend"] = (
             f"RuntimeError: {method} overlaps on gloo, emulated and nccl .*'fake'"
         )

@@ -231,7 +231,7 @@ class SequenceParallelAttention:
         return CpuLanes(self.group, {})
 
 
-_ELEMENTS_TRIED = 1 << 20
+_ELEMENTS_TRIED = 1 << 17
 _kernel, _method = kernel, method  # the class's arguments of these names hide the functions
 
 
