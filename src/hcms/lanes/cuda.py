@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.distributed as dist
 
@@ -10,11 +12,23 @@ from hcms.schedule.schedule import COMPUTE, COMPUTE_2, Schedule
 from hcms.schedule.timeline import Span, Timeline
 
 
+@cache
+def side_stream(device: torch.device, lane: str) -> torch.cuda.Stream:
+    """The stream of a lane beside the caller's, one a device for all attention objects.
+
+    torch hands streams out of a pool of 32 and then again from its start: with streams of every object's own, two lanes
+    of one object may be the same stream, and what should overlap runs one after the other.
+    """
+    # Attention's second lane has the caller's priority, so that both share the SMs block by block.
+    return torch.cuda.Stream(device, priority=0 if lane == COMPUTE_2 else -1)
+
+
 class CudaLanes:
     """Lanes on a GPU: attention on the caller's current stream (and one more, where a schedule asks for it), each
     communication lane a high-priority side stream.
 
-    Streams and events belong to this object, one set a device, reused by every call. No call synchronises the host
+    Streams are one set a device, shared with every other object's lanes, which `start` orders; events belong to this
+    object and are reused by every call. No call synchronises the host
     (recording a Timeline does, once, at its end), allocates events, or uses `record_stream`: what side streams read or
     write is owned by the method or kept alive by the caller until the current stream has waited for them, at the
     latest at the end of `run`.
@@ -29,9 +43,7 @@ class CudaLanes:
         self._device = device
         self._group = group
         self._groups = groups
-        self._streams = {lane: torch.cuda.Stream(device, priority=-1) for lane in groups}
-        # Of the caller's priority, so that attention on both shares the SMs block by block.
-        self._streams[COMPUTE_2] = torch.cuda.Stream(device)
+        self._streams = {lane: side_stream(device, lane) for lane in (*groups, COMPUTE_2)}
         self._events: dict[bool, list[torch.cuda.Event]] = {False: [], True: []}
 
     def _event(self, index: int, timing: bool) -> torch.cuda.Event:
