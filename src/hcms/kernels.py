@@ -61,11 +61,26 @@ def _cudnn_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse.reshape(q.shape[:3])
 
 
+def _sdpa_runs(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Which kernel plain sdpa gives these inputs to."""
+    if q.device.type == "cpu":
+        return "sdpa-flash"
+    return _SDPA_BY_CHOICE[SDPBackend(torch._fused_sdp_choice(*_heads_first(q, k, v)))]
+
+
+_SDPA_BY_CHOICE = {
+    SDPBackend.CUDNN_ATTENTION: "sdpa-cudnn",
+    SDPBackend.FLASH_ATTENTION: "sdpa-flash",
+    SDPBackend.EFFICIENT_ATTENTION: "sdpa-efficient",
+    SDPBackend.MATH: "math",
+}
+
+
 def _sdpa_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Flash attention where it fits; on GPUs it takes neither float32 nor every head size."""
-    H = q.shape[-1]
-    fits = q.device.type == "cpu" or (q.dtype in HALF and H <= _FLASH_MAX_HEAD_DIM and H % 8 == 0)
-    return (_flash_lse if fits else _efficient_lse)(q, k, v)
+    """The log-sum-exp of the very kernel that sdpa would choose: a ring gets what everybody gets."""
+    attend_lse = KERNELS[_sdpa_runs(q, k, v)].attend_lse
+    assert attend_lse is not None
+    return attend_lse(q, k, v)
 
 
 def _math_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,6 +143,10 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = ()
     max_head_dim: int | None = None
     package: str | None = None
+
+    def runs(self, q_BSmH: Tensor, k_BTmH: Tensor, v_BTmH: Tensor) -> str:
+        """The kernel that really runs on these inputs: `sdpa` chooses among others by what it is given."""
+        return _sdpa_runs(q_BSmH, k_BTmH, v_BTmH) if self.name == "sdpa" else self.name
 
     @property
     def gives_lse(self) -> bool:
