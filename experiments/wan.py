@@ -68,8 +68,8 @@ def run(cfg: Config, folder: Path | None) -> bool:
     if cfg.dry:
         return dry_run(cfg, model)
     assert folder is not None
+    from hcms_lab.measure.job import Job
     from hcms_lab.measure.launch import launch
-    from hcms_lab.measure.measure import Job
     from hcms_lab.measure.wan.clips import ClipJob
 
     device, link = device_of(cfg), link_of(cfg)

@@ -19,18 +19,20 @@ from hcms.hardware import Hardware, slugify
 from hcms.kernels import KERNELS
 from hcms.transport.layout import HeadExchange
 from hcms_lab.ground.records import SCHEMA, Record, RecordFile
-from hcms_lab.measure import measure
+from hcms_lab.measure import recording
 from hcms_lab.measure.cases import Case, Point
 from hcms_lab.measure.environment import VARIABLES, environment
-from hcms_lab.measure.measure import Job, measure_point
+from hcms_lab.measure.job import Job
+from hcms_lab.measure.measure import measure_point
 from ranks import Place, on_ranks
 
 FIXED_NAMES = [
     *("schema", "exp", "status", "source", "hardware", "workload"),
-    *("link", "link_ratio", "link_gbps", "world_size", "method", "kernel"),
+    *("link", "transport", "link_ratio", "link_gbps", "world_size", "method", "kernel"),
     *("dtype", "batch", "seq_len", "heads", "head_dim", "cut"),
     *("schedule", "comm_ratio", "comm_ms", "attention_ms", "latency_ms", "latency_iqr_ms"),
-    *("times_ms", "ceiling_ms", "speedup_vs_ulysses", "speedup_vs_ring", "hidden_fraction", "peak_mem_gib"),
+    *("times_ms", "ceiling_ms", "speedup_vs_ulysses", "speedup_vs_ring", "hidden_fraction"),
+    *("host_ms", "load", "sm_clock_mhz", "power_w", "peak_mem_gib"),
     *("max_abs_err", "bitwise_equal", "ok", "requested_path", "actual_path", "seed"),
     "error",
 ]
@@ -97,7 +99,7 @@ def test_what_records_say_of_each_other() -> None:
         record("ceiling", latency_ms=74.0),
         record("hcms-3lane", status="failed", ok=False),
     ]
-    measure._compare(found)
+    recording._compare(found)
     hcms = found[2]
     assert hcms.speedup_vs_ulysses == 1.25
     assert hcms.speedup_vs_ring == 1.125
@@ -153,10 +155,10 @@ RECEIVE_BACK = HeadExchange.receive_back
 def times(factor: float) -> Any:
     """A receive that multiplies the first chunk of several by a factor."""
 
-    def receive_back(self: HeadExchange, chunk: int) -> None:
+    def receive_back(self: HeadExchange, chunk: int, *own: Any) -> None:
         if chunk == 0 and len(self._chunks) > 1:
-            self._chunks[chunk].o_recv_PLBmH.mul_(factor)
-        RECEIVE_BACK(self, chunk)
+            self._chunks[chunk].returns[0].slots.recv.mul_(factor)
+        RECEIVE_BACK(self, chunk, *own)
 
     return receive_back
 

@@ -44,6 +44,10 @@ class BenchConfig:
     iterations: int = 12
     seed: int = 0
     predict: bool = True  # calibrate at each point and record what the simulator predicts
+    load: str = "auto"  # sustained (blocks of back-to-back calls) | rested (single calls); auto: sustained on GPUs
+    block_ms: float = 350.0  # of a sustained block
+    rest_ms: float = 30.0  # on GPUs, before a rested call
+    graph: str = "auto"  # auto | off: whether repeated calls are replayed as CUDA graphs
 
 
 @dataclass

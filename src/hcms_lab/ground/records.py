@@ -22,6 +22,7 @@ class Record:
     hardware: str
     workload: str
     link: str | None = None
+    transport: str | None = None  # collective | copy-engine
     link_ratio: float | None = None  # the communication ratio that the emulated link was derived from
     link_gbps: float | None = None
     world_size: int
@@ -44,6 +45,10 @@ class Record:
     speedup_vs_ulysses: float | None = None
     speedup_vs_ring: float | None = None
     hidden_fraction: float | None = None
+    host_ms: float | None = None  # to issue a call
+    load: str | None = None  # sustained (blocks of back-to-back calls) | rested (single calls)
+    sm_clock_mhz: float | None = None
+    power_w: float | None = None
     peak_mem_gib: float | None = None
     max_abs_err: float | None = None
     bitwise_equal: bool | None = None

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hcms.attention import SequenceParallelAttention
-from hcms.schedule.cut import format_cut
+from hcms.kernels import Kernel
+from hcms.schedule.cut import Shape, format_cut
 from hcms.schedule.profile import Profile
-from hcms.schedule.schedule import Schedule
+from hcms.schedule.schedule import COMPUTE_2, Schedule
 from hcms.schedule.timeline import Timeline
 from hcms_lab.measure.cases import PEER, Case
 
@@ -36,14 +37,21 @@ class Contestant(Protocol):
     def version(self) -> str | None: ...
 
     def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor: ...
+    def eager(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+        """The same without a graph, keeping its timeline where there is one."""
+        ...
+
     def poison(self) -> None: ...
 
 
 class OurMethod:
-    """A case of our own, recorded as it runs."""
+    """A case of our own. With `graph="off"` every call keeps its timeline, else `eager` ones do."""
 
-    def __init__(self, case: Case, kernel: str, group: dist.ProcessGroup | None, profile: Profile | None) -> None:
+    def __init__(
+        self, case: Case, kernel: str, group: dist.ProcessGroup | None, profile: Profile | None, graph: str
+    ) -> None:
         self._case, self._kernel_name = case, kernel
+        self._kernel_runs: str | None = None
         self._attention = SequenceParallelAttention(
             group,
             case.method,
@@ -52,12 +60,22 @@ class OurMethod:
             prefetch=case.prefetch,
             first=case.first,  # pyright: ignore[reportArgumentType]
             profile=profile,
-            record_timeline=True,
+            graph=graph,  # pyright: ignore[reportArgumentType]
+            record_timeline=graph == "off",
         )
         self.version: str | None = None
 
     def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         return self._attention(q_BLNH, k_BLNH, v_BLNH)
+
+    def eager(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+        attention = self._attention
+        asked, attention.record_timeline = attention.record_timeline, True
+        try:
+            return attention(q_BLNH, k_BLNH, v_BLNH)
+        finally:
+            attention.record_timeline = asked
+            self._kernel_runs = attention.kernel.runs(q_BLNH, k_BLNH, v_BLNH)
 
     def poison(self) -> None:
         self._attention.poison()
@@ -78,12 +96,16 @@ class OurMethod:
             return "nothing ran"
         overlap = "overlapped" if schedule.overlaps else "serial"
         backend = dist.get_backend(self._attention.group)
-        return f"{schedule.name}/{format_cut(schedule.cut)}/{self._attention.kernel.name}/{backend}/{overlap}"
+        ran = self._kernel_runs or self._attention.kernel.name
+        path = f"{schedule.name}/{format_cut(schedule.cut)}/{ran}/{backend}/{overlap}"
+        return path if self._attention.graph == "off" else f"{path}/{self._attention.path}"
 
     @property
     def cut(self) -> str | None:
         schedule = self._attention.schedule
-        return format_cut(schedule.cut) if schedule is not None and schedule.name != "ring" else None
+        if schedule is None or schedule.name == "ring":
+            return None
+        return str(Shape(schedule.cut, (schedule.parts[0], schedule.parts[-1]), COMPUTE_2 in schedule.lanes))
 
     @property
     def schedule(self) -> Schedule | None:
@@ -98,7 +120,38 @@ class OurMethod:
         return self._attention.buffer_bytes
 
 
-def contestant(case: Case, kernel: str, group: dist.ProcessGroup | None, profile: Profile | None) -> Contestant:
+class AttentionAlone:
+    """The ceiling on a GPU: the kernel on all tokens of a rank's heads, in blocks of its own calls like everyone.
+
+    It takes `q_BSMH`, `k_BSMH`, `v_BSMH`, made once by the benchmark, in place of a rank's shards.
+    """
+
+    timeline: Timeline | None = None
+    schedule: Schedule | None = None
+    cut: str | None = None
+    plan_reason: str | None = None
+    version: str | None = None
+    buffer_bytes = 0
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self.requested_path = f"ceiling/{kernel.name}"
+        self.actual_path = "nothing ran"
+
+    def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+        return self._kernel.attend(q_BLNH, k_BLNH, v_BLNH)
+
+    def eager(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
+        self.actual_path = f"attention alone/{self._kernel.runs(q_BLNH, k_BLNH, v_BLNH)}"
+        return self(q_BLNH, k_BLNH, v_BLNH)
+
+    def poison(self) -> None:
+        """Nothing: the kernel owns no buffer."""
+
+
+def contestant(
+    case: Case, kernel: str, group: dist.ProcessGroup | None, profile: Profile | None, *, graph: str = "off"
+) -> Contestant:
     """The contestant of a case.
 
     Raises:
@@ -108,4 +161,4 @@ def contestant(case: Case, kernel: str, group: dist.ProcessGroup | None, profile
         from hcms_lab.measure.peers import peer
 
         return peer(case.method.removeprefix(PEER), kernel, group)
-    return OurMethod(case, kernel, group, profile)
+    return OurMethod(case, kernel, group, profile, graph)

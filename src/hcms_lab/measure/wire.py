@@ -1,0 +1,68 @@
+"""What a link asks of a benchmark around its calls: nothing, unless peers are memory that must be laid down first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from hcms_lab.measure.cases import Point
+
+
+class Wire(Protocol):
+    """Around one contestant's calls on one set of inputs."""
+
+    def lay(self, eager_call: Callable[[], object]) -> None:
+        """Before a block of calls: whatever the link must know of them, from an untimed eager one."""
+        ...
+
+    def rewind(self) -> None:
+        """Before each call."""
+        ...
+
+    def spoil(self) -> None:
+        """Before a call whose traffic is to be checked."""
+        ...
+
+    def wrong_bytes(self) -> int:
+        """Bytes of that call that left wrong, as far as the link can tell."""
+        ...
+
+
+class PlainWire:
+    """Peers that are there."""
+
+    def lay(self, eager_call: Callable[[], object]) -> None: ...
+    def rewind(self) -> None: ...
+    def spoil(self) -> None: ...
+    def wrong_bytes(self) -> int:
+        return 0
+
+
+class GhostWire:
+    """Peers that are memory: an untimed pass lays down what they send and what they should get."""
+
+    def __init__(self, point: Point) -> None:
+        from hcms.links.ghost import WIRE
+
+        self._wire, self._heads = WIRE, point.heads
+        tensor_bytes = point.batch * (point.seq_len // point.ranks) * point.heads * point.head_dim * 4
+        # A ring passes K and V on P - 1 times; an all-to-all of Q, K, V and O is at most four tensors.
+        self._wire.reserve(max(4, 2 * (point.ranks - 1)) * tensor_bytes + (1 << 20))
+
+    def lay(self, eager_call: Callable[[], object]) -> None:
+        self._wire.prepare(self._heads)
+        eager_call()
+        self._wire.replay()
+
+    def rewind(self) -> None:
+        self._wire.replay()
+
+    def spoil(self) -> None:
+        self._wire.spoil()
+
+    def wrong_bytes(self) -> int:
+        return self._wire.wrong_bytes()
+
+
+def wire(link: str, point: Point) -> Wire:
+    return GhostWire(point) if link == "ghost" else PlainWire()
