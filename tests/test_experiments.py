@@ -142,9 +142,9 @@ def on_rank(rank, job, ticks):
 
     right = HeadExchange.receive_back
 
-    def wrong(self, chunk):
-        self._chunks[chunk].o_recv_PLBmH.mul_(1 + chunk)
-        right(self, chunk)
+    def wrong(self, chunk, *own):
+        self._chunks[chunk].returns[0].slots.recv.mul_(1 + chunk)
+        right(self, chunk, *own)
 
     HeadExchange.receive_back = wrong
     measure(rank, job, ticks.put)
