@@ -21,9 +21,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+from hcms.schedule.contend import Stage, contend
 from hcms.schedule.profile import AttendPoint, Level, Profile, fit, load
-from hcms.schedule.schedule import COMM, COMM_OUT, Op, Schedule, ring, serial
+from hcms.schedule.schedule import COMM, COMM_OUT, COMPUTE_2, Op, Schedule, ring, serial
 from hcms.schedule.simulate import Costs, OpCost, simulate
 from hcms.schedule.timeline import Span, Timeline
 
@@ -82,10 +84,11 @@ class Workload:
 class WorkloadCosts:
     """The `Costs` of one workload on the ranks of one profile. Any kind of Schedule."""
 
-    def __init__(self, profile: Profile, workload: Workload) -> None:
+    def __init__(self, profile: Profile, workload: Workload, *, graph: bool = False) -> None:
         self.profile = profile
         self.workload = workload
-        self._known: dict[tuple[str, int, str, bool, bool], OpCost] = {}
+        self.graph = graph  # replayed as one: the host issues nothing by itself
+        self._known: dict[tuple[Any, ...], OpCost] = {}
 
     @property
     def host_computes(self) -> bool:
@@ -101,9 +104,9 @@ class WorkloadCosts:
         size = min(op.chunk, 1) if in_ring else schedule.cut[op.chunk]  # a ring's steps are alike but for the first
         # One chunk on two lanes has nothing to overlap with.
         contends = schedule.overlaps and len(schedule.cut) > 1
-        key = (op.kind, size, op.tensors, in_ring, contends)
+        key = (op.kind, size, op.tensors, op.part, in_ring, contends, schedule.copies_apart)
         if key not in self._known:
-            cost = self._ring_cost(op) if in_ring else self._chunk_cost(op, size)
+            cost = self._ring_cost(op) if in_ring else self._chunk_cost(op, size, apart=schedule.copies_apart)
             if contends:
                 cost = replace(cost, lane_ms=cost.lane_ms * self._slowdown(op, in_ring))
             self._known[key] = cost
@@ -148,26 +151,76 @@ class WorkloadCosts:
             return 1 + (self.profile.attention_slowdown - 1) * min(1.0, comm_ms / attend_ms)
         return 1 + (self.profile.communication_slowdown - 1) * min(1.0, attend_ms / comm_ms if comm_ms else 0.0)
 
-    def _chunk_cost(self, op: Op, heads: int) -> OpCost:
+    def _chunk_cost(self, op: Op, heads: int, *, apart: bool = False) -> OpCost:
         p, w = self.profile, self.workload
         if op.kind == "attend":
-            attend_ms = p.attention_ms(w.seq_len, heads, w.batch)
+            attend_ms = p.attention_ms(w.seq_len, heads, w.batch, parts=op.part[1])
             # On a CPU the call was measured with the host's part in it.
-            return OpCost(attend_ms, 0.0 if self.host_computes else p.host_ms)
-        if w.ranks == 1:
-            return OpCost(0.0, p.host_ms)
-        gb = len(op.tensors) * w.tensor_bytes(heads) / 1e9 if op.kind == "exchange" else w.tensor_bytes(heads) / 1e9
+            return OpCost(attend_ms, 0.0 if self.host_computes else self._host_ms)
+        if w.ranks == 1 and not apart:
+            return OpCost(0.0, self._host_ms)
+        copy_in_ms, wire_ms, copy_out_ms = self._moved_ms(op, heads)
+        if op.kind in ("pack", "unpack"):
+            return OpCost(copy_in_ms + copy_out_ms, 0.0 if self.host_computes else self._host_ms)
+        if apart:
+            # What arrived is copied heads first on a CPU, whoever packed.
+            return OpCost(wire_ms, self._host_ms, copy_out_ms if op.kind == "exchange" else 0.0)
+        if self.host_computes:
+            return OpCost(wire_ms, self._host_ms + copy_in_ms, copy_out_ms)
+        return OpCost(copy_in_ms + wire_ms + copy_out_ms, self._host_ms)
+
+    @property
+    def _host_ms(self) -> float:
+        return 0.0 if self.graph else self.profile.host_ms
+
+    def _moved_ms(self, op: Op, heads: int) -> tuple[float, float, float]:
+        """Copying before, on the link, copying after: of an exchange or a return that makes its own copies, or of a
+        `pack` or `unpack` the copying alone."""
+        p, w = self.profile, self.workload
+        share = 1 / op.part[1] if op.kind in ("return", "unpack") or op.tensors == "q" else 1.0
+        tensors = {"exchange": len(op.tensors), "pack": 3}.get(op.kind, 1)
+        gb = share * tensors * w.tensor_bytes(heads) / 1e9
+        if op.kind == "pack":
+            return gb * p.pack_ms_per_gb, 0.0, 0.0
+        if op.kind == "unpack":
+            return 0.0, 0.0, gb * p.unpack_ms_per_gb
         wire_ms = p.exchange_ms(w.off_rank(gb * 1e9), w.ranks)
         if op.kind == "exchange":
-            pack_ms = gb * p.pack_ms_per_gb
-            unpack_ms = gb * p.unpack_ms_per_gb if self.host_computes and heads > 1 else 0.0
-        else:
-            # A kernel's result of one batch entry is sent as it lies.
-            pack_ms = gb * p.pack_ms_per_gb if w.batch > 1 else 0.0
-            unpack_ms = gb * p.unpack_ms_per_gb
-        if self.host_computes:
-            return OpCost(wire_ms, p.host_ms + pack_ms, unpack_ms)
-        return OpCost(pack_ms + wire_ms + unpack_ms, p.host_ms)
+            arrange_ms = gb * p.unpack_ms_per_gb if self.host_computes and heads > 1 else 0.0
+            return gb * p.pack_ms_per_gb, wire_ms, arrange_ms
+        # A kernel's result of one batch entry is sent as it lies.
+        return gb * p.pack_ms_per_gb if w.batch > 1 else 0.0, wire_ms, gb * p.unpack_ms_per_gb
+
+    # ---- on a GPU, by what an operation occupies ---------------------------------------------------------------------
+
+    @property
+    def holds_sms(self) -> bool:
+        return self.profile.holds_sms
+
+    @property
+    def wire_needs_sms(self) -> bool:
+        return self.profile.wire_needs_sms
+
+    def host_ms(self, op: Op, schedule: Schedule) -> float:
+        return self._host_ms
+
+    def stages(self, op: Op, schedule: Schedule) -> tuple[Stage, ...]:
+        """An operation as the stages that `contend` lets meet."""
+        in_ring = schedule.name == "ring"
+        slowdown = self._slowdown(op, in_ring) if schedule.overlaps else 1.0
+        if op.kind == "attend":
+            if in_ring:
+                return (Stage("attend", self._ring_cost(op).lane_ms * slowdown),)
+            filled = self.profile.fill_speedup if COMPUTE_2 in schedule.lanes else 1.0
+            attend_ms = self._chunk_cost(op, schedule.cut[op.chunk]).lane_ms
+            return (Stage("attend", attend_ms * slowdown / filled),)
+        if op.kind == "rotate":
+            copy_ms = self._ring_copy_ms if op.chunk == 0 else 0.0
+            return (Stage("copy", copy_ms), Stage("wire", (self._ring_cost(op).lane_ms - copy_ms) * slowdown))
+        copy_in_ms, wire_ms, copy_out_ms = self._moved_ms(op, schedule.cut[op.chunk])
+        if schedule.copies_apart and op.kind in ("exchange", "return"):
+            copy_in_ms = copy_out_ms = 0.0
+        return (Stage("copy", copy_in_ms), Stage("wire", wire_ms * slowdown), Stage("copy", copy_out_ms))
 
     def _ring_cost(self, op: Op) -> OpCost:
         p, w = self.profile, self.workload
@@ -176,13 +229,23 @@ class WorkloadCosts:
         if op.kind == "attend":
             attend_ms = p.attention_ms(local_tokens, w.heads, w.batch) * p.lse_slowdown
             merge_ms = elements * 4 / 1e9 * p.merge_ms_per_gb
-            return OpCost(attend_ms + merge_ms, 0.0 if self.host_computes else p.host_ms)
-        nbytes = 2 * elements * ITEMSIZE[w.dtype]
-        wire_ms = p.rotate_ms(nbytes, w.ranks)
-        copy_ms = nbytes / 1e9 * p.pack_ms_per_gb if op.chunk == 0 else 0.0  # its own K and V, into the first buffer
+            return OpCost(attend_ms + merge_ms, 0.0 if self.host_computes else self._host_ms)
+        wire_ms = p.rotate_ms(self._ring_bytes, w.ranks)
+        copy_ms = self._ring_copy_ms if op.chunk == 0 else 0.0
         if self.host_computes:
-            return OpCost(wire_ms, p.host_ms + copy_ms)
-        return OpCost(copy_ms + wire_ms, p.host_ms)
+            return OpCost(wire_ms, self._host_ms + copy_ms)
+        return OpCost(copy_ms + wire_ms, self._host_ms)
+
+    @property
+    def _ring_bytes(self) -> int:
+        """K and V of a rank."""
+        w = self.workload
+        return 2 * w.batch * (w.seq_len // w.ranks) * w.heads * w.head_dim * ITEMSIZE[w.dtype]
+
+    @property
+    def _ring_copy_ms(self) -> float:
+        """Its own K and V, into the first buffer."""
+        return self._ring_bytes / 1e9 * self.profile.pack_ms_per_gb
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +280,12 @@ class IdealCosts:
 def predict(schedule: Schedule, costs: Costs) -> Timeline:
     """`simulate`, with exchanges and returns sharing one port where the costs say so (`ports`, 1 unless given).
 
+    On a GPU whose attention holds every SM, and there for schedules that copy apart, it is `contend`.
+
     On one port a third lane adds no bandwidth: both communication lanes are priced as one, in issue order.
     """
+    if isinstance(costs, WorkloadCosts) and not costs.host_computes and (schedule.copies_apart or costs.holds_sms):
+        return contend(schedule, costs)
     if getattr(costs, "ports", 1) > 1 or COMM_OUT not in schedule.lanes:
         return simulate(schedule, costs)
     ops = tuple(replace(op, lane=COMM) if op.lane == COMM_OUT else op for op in schedule.ops)

@@ -67,6 +67,9 @@ class Profile:
         host_ms: time that the host needs to issue one operation.
         attention_slowdown: attention's time while communication runs beside it, over its time alone.
         communication_slowdown: the reverse.
+        holds_sms: the kernel is persistent: it takes every SM until it ends.
+        wire_needs_sms: an exchange runs kernels, as NCCL's does; copy engines need none.
+        fill_speedup: attention of chunks on two lanes: its time in full waves on one lane, over that on two.
         sms: streaming multiprocessors that attention's tiles are spread over; None knows no waves (CPU).
         ports: 1 where exchanges and returns share the link's bandwidth, 2 where a third lane has its own.
         assumed: inputs that nobody measured, in words.
@@ -90,13 +93,16 @@ class Profile:
     host_ms: float = 0.0
     attention_slowdown: float = 1.0
     communication_slowdown: float = 1.0
+    holds_sms: bool = False
+    wire_needs_sms: bool = True
+    fill_speedup: float = 1.0
     sms: int | None = None
     ports: int = 1
     assumed: tuple[str, ...] = ()
     schema: int = SCHEMA
 
-    def attention_ms(self, seq_len: int, heads: int, batch: int = 1) -> float:
-        """Time of one call of the kernel: `seq_len` queries and keys, `heads` heads.
+    def attention_ms(self, seq_len: int, heads: int, batch: int = 1, *, parts: int = 1) -> float:
+        """Time of one call of the kernel: `seq_len` keys, 1 / `parts` of as many queries, `heads` heads.
 
         Between measured head counts, time is piecewise linear in the work; between measured lengths, the time of a
         unit of work is; beyond the measured ones it stays what it was. Work is quadratic in the tokens, and on a GPU
@@ -105,11 +111,11 @@ class Profile:
         lengths = sorted({p.seq_len for p in self.attend})
         below = max((s for s in lengths if s <= seq_len), default=lengths[0])
         above = min((s for s in lengths if s >= seq_len), default=lengths[-1])
-        work = self._work(seq_len, heads, batch)
+        work = self._work(seq_len, heads, batch, parts)
 
         def unit_ms(length: int) -> float:
             """Time of a unit of work at a measured length, for a call as large as the wanted one in heads."""
-            at_length = self._work(length, heads, batch)
+            at_length = self._work(length, heads, batch, parts)
             return self._at_length_ms(length, at_length) / at_length
 
         low = unit_ms(below)
@@ -118,11 +124,11 @@ class Profile:
         share = (seq_len - below) / (above - below)
         return work * (low + (unit_ms(above) - low) * share)
 
-    def _work(self, seq_len: int, heads: int, batch: int) -> float:
+    def _work(self, seq_len: int, heads: int, batch: int, parts: int = 1) -> float:
         """Query-key pairs that the hardware spends time on."""
         if self.sms is None:
-            return float(batch * heads * seq_len**2)
-        waves = math.ceil(batch * heads * math.ceil(seq_len / TILE_ROWS) / self.sms)
+            return batch * heads * seq_len**2 / parts
+        waves = math.ceil(batch * heads * math.ceil(seq_len / parts / TILE_ROWS) / self.sms)
         return float(waves * self.sms * TILE_ROWS * seq_len)
 
     def _at_length_ms(self, length: int, work: float) -> float:
@@ -233,9 +239,15 @@ def load(path: Path | str, **wanted: Any) -> Profile:
 
 def _check_type(path: Path, name: str, value: Any, annotation: str) -> None:
     """Refuse a value of another type than the field's annotation says."""
-    kinds: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "int | None": (int, type(None))}
+    kinds: dict[str, Any] = {
+        "str": str,
+        "int": int,
+        "float": (int, float),
+        "bool": bool,
+        "int | None": (int, type(None)),
+    }
     kind = kinds.get(annotation, list)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"{path}: {name} is {value!r}, wanted {'a list' if kind is list else annotation}")
 
 
@@ -261,7 +273,8 @@ def fit(
             `attend` and `attend_lse`: `seq_len`, `heads`, `ms`;
             `exchange` and `rotate`: `bytes_off_rank`, `ms` (the link alone, packed already);
             `pack`, `unpack`, `merge`: `bytes`, `ms` (merge: bytes of float32 output);
-            `host`: `ms`; `interference`: `attention_slowdown`, `communication_slowdown`.
+            `host`: `ms`; `interference`: `attention_slowdown`, `communication_slowdown`;
+            `occupancy`: `holds_sms`, `wire_needs_sms`, `fill_speedup` (GPUs).
             `attend` is needed, and `exchange` from 2 ranks on. Without `unpack`, it is taken to be as `pack`; without
             `merge`, as twice `pack`; the rest as nothing.
         hardware, device, world_size, backend, link, kernel, dtype, head_dim, batch, sms, ports: as in `Profile`.
@@ -306,6 +319,9 @@ def fit(
         communication_slowdown=max(
             1.0, median_low([s["communication_slowdown"] for s in by_op["interference"]] or [1.0])
         ),
+        holds_sms=any(s["holds_sms"] for s in by_op["occupancy"]),
+        wire_needs_sms=any(s["wire_needs_sms"] for s in by_op["occupancy"]) if by_op["occupancy"] else True,
+        fill_speedup=max(1.0, median_low([s["fill_speedup"] for s in by_op["occupancy"]] or [1.0])),
         sms=sms,
         ports=ports,
     )
@@ -324,6 +340,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "merge": ("bytes", "ms"),
     "host": ("ms",),
     "interference": ("attention_slowdown", "communication_slowdown"),
+    "occupancy": ("holds_sms", "wire_needs_sms", "fill_speedup"),
 }
 
 
