@@ -60,9 +60,8 @@ def help_text() -> str:
     """What `--help` prints: what this is, the experiments, the settings that are used most, where results go."""
 
     def listed(rows: dict[str, str], width: int) -> str:
-        return "\n".join(
-            f"  {name:{width}} {shorten(line, 97 - width, placeholder=' …')}" for name, line in rows.items()
-        )
+        short = {name: shorten(line, 97 - width, placeholder=" …") for name, line in rows.items()}
+        return "\n".join(f"  {name:{width}} {line}" for name, line in short.items())
 
     return f"""\
 {(__doc__ or "").strip()}

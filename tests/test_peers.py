@@ -20,6 +20,7 @@ from hcms_lab.measure.cases import points
 from hcms_lab.measure.contestant import Contestant
 from hcms_lab.measure.peers import PEERS, peer
 from hcms_lab.measure.peers.diffusers_ulysses import BACKENDS
+from made_runs import script
 from ranks import Place, error_bound, largest, on_ranks, own, whole_qkv
 
 ON_CPU = [name for name, entry in PEERS.items() if not entry.gpus_only]

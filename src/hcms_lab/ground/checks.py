@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,9 +30,9 @@ def whole(name: str, value: Any, low: int = 1, high: int = MOST) -> int:
 
 
 def number(name: str, value: Any, low: float, high: float, *, above: bool = False, otherwise: str = "") -> float:
-    """Refuse what is no finite number from `low` to `high`; `above` excludes `low`; `otherwise` says what else would do."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high or (above and value == low):
+    """Refuse what is no number from `low` to `high`; `above` excludes `low`, `otherwise` says what else would do."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (above and value == low):  # nan is on no side of anything
         wanted = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
         raise UsageError(f"{name}={value}: give a number {wanted}{otherwise}")
     return float(value)

@@ -1,4 +1,4 @@
-"""Hydra's composition with one line for whatever it refuses. The kind of an experiment says which settings there are."""
+"""Hydra's composition, with one line for whatever it refuses. A kind of experiment says which settings there are."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The typed blocks that settings are made of; Hydra composes them, struct mode refuses unknown keys.
 
-A kind of experiment is a script in experiments/ with a dataclass `Settings`, made of what stands here: `BaseConfig`, that
-every experiment has; `Config`, for those that start ranks; `LayerConfig`, for those that measure one attention layer;
-`CasesConfig`, for those that set methods against each other. Whole pipelines add `ground/model_config.py`.
+A kind of experiment is a script in experiments/ with a dataclass `Settings`, made of what stands here: `BaseConfig` for
+every one; `Config` for those that start ranks; `LayerConfig` for those that measure one attention layer; `CasesConfig`
+for those that set methods against each other. Whole pipelines add `ClipConfig` of `ground/model_config.py`.
 """
 
 from __future__ import annotations

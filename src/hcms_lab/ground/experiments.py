@@ -1,4 +1,4 @@
-"""The experiments that there are, as conf/exp/*.yaml declare them: kind, title, budget, needs, axis. Imports no pandas."""
+"""The experiments that there are, as conf/exp/*.yaml declare them. Imports no pandas."""
 
 from __future__ import annotations
 

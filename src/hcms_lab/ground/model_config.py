@@ -66,7 +66,7 @@ NEEDED = {
     ),
     "text_encoder": ("vocab_size", "d_model", "d_ff", "num_heads", "d_kv", "num_layers"),
 }
-# The least and the most of an argument; of any other whole number 1 and 2^20. Bounds keep a slip from building for hours.
+# The least and the most of an argument; of any other whole number 1 and 2^20. A slip must not build for hours.
 BOUNDS = {
     "num_layers": (1, 1000),
     "num_attention_heads": (1, 4096),
