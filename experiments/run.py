@@ -39,6 +39,7 @@ ROOT = HERE.parent
 CONF = ROOT / "conf"
 CHECK = "--check"
 ABOUT_HYDRA = ("--version", "--hydra-help", "--info", "-i", "--shell-completion", "-sc")
+HYDRAS = (*ABOUT_HYDRA, "--cfg", "-c", "--package", "-p", "--resolve", "--multirun", "-m")
 USED_MOST = {
     "latent_frames=[9,16]": "lengths, in latent frames; whole clips have video frames: frames=33",
     "ranks=4": "how many ranks; a list, or each for 2, 4 and 8",
@@ -231,6 +232,8 @@ def follow(module: ModuleType, cfg: BaseConfig) -> None:
 
 def with_hydras_flags(argv: list[str]) -> None:
     """Leave the command line to Hydra; what it refuses is one line as well."""
+    if unknown := [a for a in argv if a.startswith("-") and a.partition("=")[0] not in HYDRAS]:
+        raise UsageError(f"{unknown[0]}: no such flag here; --help shows those that there are")
     if not any(flag in argv for flag in ABOUT_HYDRA):
         schema = script(kinds_of([a for a in argv if not a.startswith("-")])[-1]).Settings
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hcms_lab.ground.checks import one_of
 from hcms_lab.ground.config import BaseConfig
 from hcms_lab.ground.errors import UsageError
 
@@ -35,17 +37,18 @@ def composed(conf: Path, overrides: list[str], schema: type[BaseConfig]) -> Base
         UsageError: a key, group or value that does not exist or does not fit.
     """
     GlobalHydra.instance().clear()
+    _check_choices(conf, overrides)
     try:
         with initialize_config_dir(str(conf), version_base="1.3"):
             found = compose("config", overrides)
             # A `+` in front goes past the schema, and `~kind` leaves none.
-            if unknown := set(_settings(found, schema)) - set(settings(schema)):
+            if unknown := set(_names(found, OmegaConf.structured(schema))) - set(settings(schema)):
                 raise UsageError(no_such_setting(min(unknown), schema))
             cfg = OmegaConf.to_object(found)
     except COMPOSING as error:
         raise UsageError(one_line(error, schema)) from None
     except RecursionError:
-        raise UsageError("an override cannot be read: too many brackets inside one another") from None
+        raise UsageError("an override cannot be read: it goes too deep") from None
     except ValueError as error:
         if isinstance(error, UsageError):
             raise
@@ -53,6 +56,15 @@ def composed(conf: Path, overrides: list[str], schema: type[BaseConfig]) -> Base
     if not isinstance(cfg, schema):
         raise UsageError("kind: an experiment cannot do without; leave it as the experiment has it")
     return cfg
+
+
+def _check_choices(conf: Path, overrides: list[str]) -> None:
+    """Refuse a group's choice that is no file of the group's own folder: Hydra would follow it to any other."""
+    for override in overrides:
+        key, _, choice = override.partition("=")
+        group = key.lstrip("+~").partition("@")[0]
+        if not key.startswith("~") and group.isidentifier() and (conf / group).is_dir():
+            one_of(group, choice, sorted(path.stem for path in (conf / group).glob("*.yaml")))
 
 
 def one_line(error: Exception, schema: type[BaseConfig]) -> str:
@@ -85,18 +97,19 @@ def no_such_setting(name: str, schema: type[BaseConfig]) -> str:
     )
 
 
-def settings(schema: type[BaseConfig]) -> list[str]:
+@cache
+def settings(schema: type[BaseConfig]) -> tuple[str, ...]:
     """The dotted names of all settings of a kind."""
-    return _settings(OmegaConf.structured(schema), schema)
-
-
-def _settings(node: Any, schema: Any, prefix: str = "") -> list[str]:
-    """The dotted names of what a node holds, as deep as the schema says what there is."""
     typed = OmegaConf.structured(schema)
+    return tuple(_names(typed, typed))
+
+
+def _names(node: Any, typed: Any, prefix: str = "") -> list[str]:
+    """The dotted names of what a node holds, as deep as the schema (`typed`) says what there is."""
     names = []
     for key in node:
         names.append(f"{prefix}{key}")
         inner = None if key not in typed or OmegaConf.is_missing(typed, key) else typed[key]
         if OmegaConf.is_dict(inner) and OmegaConf.is_dict(node[key]) and is_dataclass(OmegaConf.get_type(inner)):
-            names += _settings(node[key], OmegaConf.get_type(inner), f"{prefix}{key}.")
+            names += _names(node[key], inner, f"{prefix}{key}.")
     return names
