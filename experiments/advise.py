@@ -1,4 +1,4 @@
-"""Advice without hardware: `python experiments/run.py +exp=advise gpu=l40s ranks=4 frames=13`, or `gpu=all`.
+"""Advice without hardware: `python experiments/run.py +exp=advise gpu=l40s ranks=4 latent_frames=13`, or `gpu=all`.
 
 Prints and writes nothing else. The predictions and the verdict's rule are `hcms.schedule.advice`'s; from 16 ranks on
 they cross two link levels, NVLink or PCIe inside a node and a network between nodes.
@@ -7,19 +7,21 @@ they cross two link levels, NVLink or PCIe inside a node and a network between n
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hcms.schedule import catalogue
 from hcms.schedule.advice import LITTLE, USE, Advice, advise
 from hcms.schedule.cost import Workload
 from hcms.schedule.cut import format_cut
-from hcms_lab.ground.config import Config
+from hcms_lab.ground.checks import as_list, distinct
+from hcms_lab.ground.config import BaseConfig, WorkloadConfig
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.measure.cases import as_list
+from hcms_lab.ground.layers import check_priced, gpus_of
 
 WRITES = False
 WIDTH = 144  # where the output is no terminal
@@ -32,41 +34,26 @@ LEGEND = (
 STYLES = {USE: "green", LITTLE: "yellow"}
 
 
-def validate(cfg: Config) -> None:
+@dataclass
+class Settings(BaseConfig):
+    kind: str = "advise"
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    gpu: str | None = "all"  # a GPU of the catalogue, or all
+    ranks: Any = 4  # an int or a list
+    latent_frames: Any = 9  # an int or a list
+    kernels: list[str] = field(default_factory=list)  # [] is each GPU's fastest of known rate
+
+
+def validate(cfg: Settings) -> None:
     """Refuse what the catalogue or the model cannot answer.
 
     Raises:
         UsageError: unknown GPU or kernel, ranks that do not divide the heads or the tokens, another dtype or head size.
     """
-    w = cfg.workload
-    counts = [("workload.tokens_per_frame", w.tokens_per_frame), ("workload.heads", w.heads)]
-    counts += [("workload.batch", w.batch)]
-    counts += [(name, value) for name in ("ranks", "frames") for value in as_list(getattr(cfg, name)) or [None]]
-    for name, value in counts:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UsageError(f"{name}={value}: give a whole number of at least 1")
-    if w.dtype not in catalogue.DTYPES:
-        raise UsageError(f"workload.dtype={w.dtype}: rates are known for {' and '.join(catalogue.DTYPES)}")
-    if w.head_dim != catalogue.HEAD_DIM:
-        raise UsageError(f"workload.head_dim={w.head_dim}: rates are known for head size {catalogue.HEAD_DIM}")
-    for ranks in as_list(cfg.ranks):
-        if ranks == 1:
-            raise UsageError("ranks=1: one GPU has nothing to exchange; give 2 or more")
-        if w.heads % ranks:
-            fitting = ", ".join(str(p) for p in range(2, w.heads + 1) if w.heads % p == 0)
-            raise UsageError(
-                f"ranks={ranks}: {w.heads} heads cannot be divided among {ranks} ranks; "
-                f"give one of {fitting}, or workload.heads={-(-w.heads // ranks) * ranks}"
-            )
-        for frames in as_list(cfg.frames):
-            if frames * w.tokens_per_frame % ranks:
-                near = [f for f in range(1, frames + ranks) if f * w.tokens_per_frame % ranks == 0]
-                lower, upper = [f for f in near if f < frames][-1:], [f for f in near if f > frames][:1]
-                raise UsageError(
-                    f"frames={frames}: {frames * w.tokens_per_frame} tokens cannot be divided among {ranks} ranks; "
-                    f"frames={' or '.join(map(str, lower + upper))} could"
-                )
-    gpus = _gpus(cfg)
+    check_priced(cfg.workload, cfg.ranks, cfg.latent_frames)
+    if cfg.kernels:
+        distinct("kernels", cfg.kernels)
+    gpus = gpus_of(cfg.gpu)
     for kernel in cfg.kernels:
         if not any(kernel in gpu.known_kernels for gpu in gpus):
             known = dict.fromkeys(k for gpu in gpus for k in gpu.known_kernels)
@@ -75,13 +62,13 @@ def validate(cfg: Config) -> None:
             )
 
 
-def run(cfg: Config, folder: Path | None) -> bool:
+def run(cfg: Settings, folder: Path | None) -> bool:
     """Print a table for each number of ranks and frames, then the rule and what was assumed."""
     del folder
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     notes: dict[str, int] = {}
     for ranks in as_list(cfg.ranks):
-        for frames in as_list(cfg.frames):
+        for frames in as_list(cfg.latent_frames):
             console.print(_table(cfg, ranks, frames, notes))
     console.print(LEGEND, style="dim")
     if notes:
@@ -91,24 +78,12 @@ def run(cfg: Config, folder: Path | None) -> bool:
     return True
 
 
-def _gpus(cfg: Config) -> list[catalogue.Gpu]:
-    everything = catalogue.load().gpus
-    if cfg.gpu == "all":
-        return list(everything.values())
-    if cfg.gpu is None:
-        raise UsageError(f"gpu=null: give all or one of {', '.join(everything)}")
-    try:
-        return [catalogue.gpu(cfg.gpu)]
-    except ValueError as error:
-        raise UsageError(f"gpu={cfg.gpu}: {error}, or all") from None
-
-
-def _advices(cfg: Config, ranks: int, frames: int) -> list[Advice]:
+def _advices(cfg: Settings, ranks: int, frames: int) -> list[Advice]:
     w = cfg.workload
     workload = Workload(frames * w.tokens_per_frame, w.heads, ranks, w.head_dim, w.batch, str(w.dtype))
     return [
         advise(gpu, workload, kernel=kernel, link=link.name)
-        for gpu in _gpus(cfg)
+        for gpu in gpus_of(cfg.gpu)
         for kernel in cfg.kernels or [gpu.kernel]
         if kernel in gpu.known_kernels
         for link in gpu.links.values()
@@ -116,7 +91,7 @@ def _advices(cfg: Config, ranks: int, frames: int) -> list[Advice]:
     ]
 
 
-def _table(cfg: Config, ranks: int, frames: int, notes: dict[str, int]) -> Table:
+def _table(cfg: Settings, ranks: int, frames: int, notes: dict[str, int]) -> Table:
     """One row for each GPU and link; new assumptions are numbered into `notes`."""
     w = cfg.workload
     tokens = frames * w.tokens_per_frame

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from hcms_lab.ground.config import Config
+from hcms_lab.ground.config import LayerConfig
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.cases import device_of, link_of, points
 
 
-def validate(cfg: Config) -> None:
-    """One number of ranks, one link and one kernel make one profile."""
-    import microbench
+@dataclass
+class Settings(LayerConfig):
+    kind: str = "calibrate"
 
-    microbench.validate(cfg)
+
+def validate(cfg: Settings) -> None:
+    """One number of ranks, one link, one kernel and one dtype make one profile."""
     grid = points(cfg)
-    if len({(p.ranks, p.link_ratio, p.kernel) for p in grid}) > 1:
-        raise UsageError("ranks, link.ratio or kernels: a profile is of one of each; give one value of each")
+    if len({(p.ranks, p.link_ratio, p.kernel, p.dtype) for p in grid}) > 1:
+        raise UsageError(
+            "ranks, link.ratio, kernels or workload.dtype: a profile is of one of each; give one value of each"
+        )
+    import torch
+
+    from hcms.kernels import kernel
+
+    point = grid[0]
+    if refusal := kernel(point.kernel).refusal(getattr(torch, point.dtype), point.head_dim, device_of(cfg)):
+        raise UsageError(f"kernels={point.kernel}: {refusal}")
 
 
-def run(cfg: Config, folder: Path) -> bool:
+def run(cfg: Settings, folder: Path) -> bool:
     """Calibrate at every length, settle the link at the longest, and write the profile."""
     from hcms.schedule.profile import load
     from hcms_lab.measure.job import Job

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from hcms_lab.ground.config import Config
+from hcms_lab.ground.config import BaseConfig
 
 WRITES = False
 
 
-def validate(cfg: Config) -> None:
+@dataclass
+class Settings(BaseConfig):
+    kind: str = "claims"
+
+
+def validate(cfg: Settings) -> None:
     """Nothing to refuse: a claim without records is a row that says so."""
 
 
-def run(cfg: Config, folder: Path | None) -> bool:
+def run(cfg: Settings, folder: Path | None) -> bool:
     """Print table 1 on the terminal."""
     from hcms_lab.report.claims import table1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from hcms.schedule import catalogue
 from hcms.schedule.advice import Advice, advise
 from hcms.schedule.cost import Workload
 from hcms.schedule.cut import format_cut
-from hcms_lab.ground.config import Config
-from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.checks import as_list
+from hcms_lab.ground.config import BaseConfig, WorkloadConfig
+from hcms_lab.ground.layers import check_priced
 from hcms_lab.ground.records import Record, RecordFile
-from hcms_lab.measure.cases import as_list
 
 MEASURED_IN = ("fig3", "fig4")  # the experiments that tell a hardware's gain over lengths and ranks
 
@@ -33,27 +33,24 @@ class PredictedRecord(Record):
     assumed: list[str] | None = None
 
 
-def validate(cfg: Config) -> None:
+@dataclass
+class Settings(BaseConfig):
+    kind: str = "hardware_types"
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    ranks: Any = 4  # an int or a list
+    latent_frames: Any = field(default_factory=lambda: [9, 16])  # an int or a list
+
+
+def validate(cfg: Settings) -> None:
     """Refuse a layer that the catalogue cannot price.
 
     Raises:
         UsageError: ranks that do not divide heads or tokens, one rank, or a dtype or head size without known rates.
     """
-    w = cfg.workload
-    if w.dtype not in catalogue.DTYPES or w.head_dim != catalogue.HEAD_DIM:
-        raise UsageError(
-            f"workload={w.name}: rates are known for {' and '.join(catalogue.DTYPES)} at head size "
-            f"{catalogue.HEAD_DIM}, not for {w.dtype} at {w.head_dim}; give workload=wan720p"
-        )
-    try:
-        layers = _layers(cfg)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"ranks={cfg.ranks}, frames={cfg.frames}: {error}") from None
-    if not layers or min(layer.ranks for layer in layers) < 2:
-        raise UsageError(f"ranks={cfg.ranks}, frames={cfg.frames}: give 2 or more ranks and at least one length")
+    check_priced(cfg.workload, cfg.ranks, cfg.latent_frames)
 
 
-def run(cfg: Config, folder: Path) -> bool:
+def run(cfg: Settings, folder: Path) -> bool:
     """Write a record a GPU, length and method, copy the measured ones, and print a table."""
     file = RecordFile(folder / "records.jsonl")
     file.path.unlink(missing_ok=True)  # a prediction has nothing to resume
@@ -77,12 +74,12 @@ def run(cfg: Config, folder: Path) -> bool:
     return True
 
 
-def _layers(cfg: Config) -> list[Workload]:
+def _layers(cfg: Settings) -> list[Workload]:
     w = cfg.workload
     return [
         Workload(frames * w.tokens_per_frame, w.heads, ranks, w.head_dim, w.batch, w.dtype)
-        for ranks in as_list(cfg.ranks) or [4]
-        for frames in sorted(as_list(cfg.frames))
+        for ranks in as_list(cfg.ranks)
+        for frames in sorted(as_list(cfg.latent_frames))
     ]
 
 
@@ -91,7 +88,7 @@ def _words(advice: Advice) -> str:
     return f"{100 * advice.gain:+.1f} % [{low}, {high}], rho {advice.comm_ratio:.2f}: {advice.verdict}"
 
 
-def _records(cfg: Config, advice: Advice) -> list[Record]:
+def _records(cfg: Settings, advice: Advice) -> list[Record]:
     layer, choice = advice.workload, advice.choice
     times_ms = {
         "ulysses": advice.ulysses_ms,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,37 +11,52 @@ from rich.console import Console
 from rich.table import Table
 
 from hcms.hardware import hardware
-from hcms_lab.ground.config import Config
+from hcms_lab.ground.config import CasesConfig, LayerConfig
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.records import RecordFile, derived_gbps
-from hcms_lab.measure.cases import PEER, Point, device_of, link_of, points
+from hcms_lab.measure.cases import KERNELS, PEER, Point, device_of, link_of, points
 from hcms_lab.measure.progress import progress
 
+ALL = "all"  # of kernels: every one that can run here
 
-def grid(cfg: Config) -> list[Point]:
+
+@dataclass
+class Settings(LayerConfig, CasesConfig):
+    kind: str = "microbench"
+
+
+def grid(cfg: Settings) -> list[Point]:
     """The points to be measured; `kernels=[all]` is every kernel that can run here, ring left out where it cannot."""
-    if "all" not in cfg.kernels:
+    if cfg.kernels != [ALL]:
         return points(cfg)
+    wanted = points(replace(cfg, kernels=list(KERNELS)))  # refuses what it can before torch is imported
     import torch
 
-    from hcms.kernels import KERNELS
+    from hcms.kernels import kernel
 
     device, taken = device_of(cfg), []
-    for point in points(replace(cfg, kernels=list(KERNELS))):
-        k = KERNELS[point.kernel]
-        if k.refusal(getattr(torch, point.dtype), point.head_dim, device) is None:
-            taken.append(replace(point, cases=tuple(c for c in point.cases if c.method != "ring" or k.gives_lse)))
+    for point in wanted:
+        k = kernel(point.kernel)
+        cases = tuple(c for c in point.cases if c.method != "ring" or k.gives_lse)
+        if cases and k.refusal(getattr(torch, point.dtype), point.head_dim, device) is None:
+            taken.append(replace(point, cases=cases))
+    if not taken:
+        raise UsageError(
+            f"kernels=[{ALL}]: none can run here with workload.dtype={cfg.workload.dtype} and "
+            f"workload.head_dim={cfg.workload.head_dim}; give kernels=[sdpa] to see why"
+        )
     return taken
 
 
-def validate(cfg: Config) -> None:
+def validate(cfg: Settings) -> None:
     """Refuse what could not run, kernels included, before any rank starts."""
+    wanted = grid(cfg)
     import torch
 
     from hcms.kernels import kernel
 
     device = device_of(cfg)
-    for point in grid(cfg):
+    for point in wanted:
         attention = kernel(point.kernel)
         if refusal := attention.refusal(getattr(torch, point.dtype), point.head_dim, device):
             raise UsageError(f"kernels={point.kernel}: {refusal}")
@@ -51,7 +66,7 @@ def validate(cfg: Config) -> None:
             )
 
 
-def run(cfg: Config, folder: Path) -> bool:
+def run(cfg: Settings, folder: Path) -> bool:
     """Measure every point that the folder's records do not hold yet; print the table; True if all is ok."""
     file = RecordFile(folder / "records.jsonl")
     found = file.read()

@@ -5,49 +5,31 @@
     python experiments/reproduce.py --draw                     # no measurement: redraw from the newest records
     python experiments/reproduce.py bench.iterations=3 ...     # settings go to every experiment
 
-A yaml in conf/exp/ takes part by a comment `# Budget: 4 min`; `# Needs: 2 GPUs` keeps it off machines without. What an
-experiment prints goes to outputs/reproduce/<name>.log. The exit status is 1 where one failed; the others still run.
+A yaml in conf/exp/ takes part by `about.budget_min`; `about.gpus` keeps it off machines with fewer. What an experiment
+prints goes to outputs/reproduce/<name>.log. The exit status is 1 where one failed; the others still run.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 from hcms.hardware import visible_gpus
+from hcms_lab.ground.experiments import Experiment, experiments
 from hcms_lab.ground.paths import ROOT
-from hcms_lab.report.readme import experiments
 
 LOGS = ROOT / "outputs" / "reproduce"
 LAST = ("fig6", "table1")  # they read what the others have measured
 EXECUTE = ("-m", "nbconvert", "--log-level=WARN", "--to", "notebook", "--execute", "--output-dir", "outputs/notebooks")
 
 
-@dataclass(frozen=True)
-class Step:
-    """An experiment, its time budget on 2 cores, and how many GPUs it needs."""
-
-    name: str
-    what: str
-    budget_min: float
-    gpus: int
-
-
-def steps() -> list[Step]:
+def steps() -> list[Experiment]:
     """The experiments with a budget, in the order in which they run."""
-    found = []
-    for experiment in experiments():
-        text = (ROOT / "conf" / "exp" / f"{experiment.name}.yaml").read_text(encoding="utf-8")
-        budget = re.search(r"^# Budget: ([\d.]+) min", text, re.MULTILINE)
-        needs = re.search(r"^# Needs: (\d+) GPUs?", text, re.MULTILINE)
-        if budget:
-            found.append(Step(experiment.name, experiment.what, float(budget[1]), int(needs[1]) if needs else 0))
+    found = [experiment for experiment in experiments() if experiment.budget_min is not None]
     return sorted(found, key=lambda step: LAST.index(step.name) + 1 if step.name in LAST else 0)
 
 
@@ -86,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     failed: list[str] = []
     began_s = perf_counter()
     if not arguments.draw:
-        print(f"{len(wanted)} experiments, budget {sum(step.budget_min for step in wanted):g} min", flush=True)
+        print(f"{len(wanted)} experiments, budget {sum(step.budget_min or 0 for step in wanted):g} min", flush=True)
         for number, step in enumerate(wanted, start=1):
             head = f"[{number}/{len(wanted)}] {step.name:7} budget {step.budget_min:g} min"
             print(f"{head} ... ", end="", flush=True)

@@ -1,157 +1,159 @@
-"""Compose an experiment's configuration, check it, run it, record it.
+"""Run one experiment: check its settings, measure, record, draw.
 
-    python experiments/run.py +exp=fig3                     # one experiment
-    python experiments/run.py +exp=fig3 frames=[9] ranks=4  # with other settings
-    python experiments/run.py +exp=fig3 --cfg job           # show the configuration, run nothing
-    python experiments/run.py --list                        # the experiments there are
+    python experiments/run.py +exp=fig3                            # one experiment
+    python experiments/run.py +exp=fig3 latent_frames=[9] ranks=4  # with other settings
+    python experiments/run.py --check +exp=fig3 ranks=4            # say whether that could run, start nothing
+    python experiments/run.py +exp=fig3 --cfg job                  # show all settings, run nothing
 
 A bad setting gets one line and exit status 2, before anything starts or is written; a failed case or a wrong result
-exits with 1 and keeps all records. Other flags are Hydra's (--help, --cfg, --multirun, --info).
+exits with 1 and keeps all records.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import is_dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from types import ModuleType
 from typing import Any, NoReturn
 
-from hydra import compose, initialize_config_dir
 from hydra import main as hydra_main
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from hcms.hardware import hardware, visible_gpus
-from hcms_lab.ground.config import Config
+from hcms_lab.ground import compose
+from hcms_lab.ground.checks import is_folder, one_of, plain_name
+from hcms_lab.ground.config import AXES, WANDB_MODES, BaseConfig
 from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.experiments import Experiment, experiment, experiments, names
 from hcms_lab.measure.cases import device_of
-from hcms_lab.report.wandb_mirror import MODES
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 CONF = ROOT / "conf"
+CHECK = "--check"
+ABOUT_HYDRA = ("--version", "--hydra-help", "--info", "-i", "--shell-completion", "-sc")
+HYDRAS = (*ABOUT_HYDRA, "--cfg", "-c", "--package", "-p", "--resolve", "--multirun", "-m")
+USED_MOST = {
+    "latent_frames=[9,16]": "lengths, in latent frames; whole clips have video frames: frames=33",
+    "ranks=4": "how many ranks; a list, or each for 2, 4 and 8",
+    "methods=[ulysses,hcms]": "who is measured",
+    "cuts=[even:5,1-3-1,auto]": "how methods that cut heads cut them",
+    "workload=wan720p": "the layer, a file of conf/workload/",
+    "device=cpu": "GPUs are used where there are some",
+    "link.ratio=0.25": "communication's share of Ulysses, which the emulated link is paced to",
+    "bench.iterations=20": "timed calls a case",
+    "wandb.mode=disabled": "offline | online | disabled",
+    "resume=FOLDER": "go on with a run that was cut off",
+}
 
-ConfigStore.instance().store("schema", node=Config)
-
-
-def experiments() -> dict[str, str]:
-    """The experiments and the line that says what each is."""
-    found = {}
-    for path in sorted((CONF / "exp").glob("*.yaml")):
-        comments = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ")]
-        found[path.stem] = next((c for c in comments if not c.startswith(("python", "@"))), "")
-    return found
-
-
-SCHEMA = OmegaConf.structured(Config)
-
-
-def settings(node: Any, schema: Any = SCHEMA, prefix: str = "") -> list[str]:
-    """The dotted names of all settings under a node, as deep as the schema says what there is."""
-    names = []
-    for key in node:
-        names.append(prefix + key)
-        typed = None if key not in schema or OmegaConf.is_missing(schema, key) else schema[key]
-        if OmegaConf.is_dict(typed) and is_dataclass(OmegaConf.get_type(typed)):
-            names += settings(node[key], typed, f"{prefix}{key}.")
-    return names
+if str(HERE) not in sys.path:  # where the scripts of the kinds are imported from
+    sys.path.insert(0, str(HERE))
 
 
-def no_such_setting(name: str) -> str:
-    near = get_close_matches(name, settings(SCHEMA), n=1)
-    return f"{name}: no such setting; " + (
-        f"{near[0]} is the nearest" if near else "--cfg job shows those that there are"
-    )
+def help_text() -> str:
+    """What `--help` prints: what this is, the experiments, the settings that are used most, where results go."""
+
+    def listed(rows: dict[str, str], width: int) -> str:
+        short = {name: shorten(line, 97 - width, placeholder=" …") for name, line in rows.items()}
+        return "\n".join(f"  {name:{width}} {line}" for name, line in short.items())
+
+    return f"""\
+{(__doc__ or "").strip()}
+
+Experiments (minutes on 2 idle cores):
+{listed({f"{e.name:10}{'' if e.budget_min is None else f'{e.budget_min:3g}'}": e.title for e in experiments()}, 13)}
+
+Settings that are used most:
+{listed(USED_MOST, 26)}
+
+Results: outputs/NAME/<date>_<time>/ (records, logs, traces, figure or table) and outputs/NAME/latest, the newest.
+
+Flags: --check, --list, --help; of Hydra: --cfg job, --multirun, --info, --hydra-help.
+"""
 
 
-def one_line(error: Exception) -> str:
-    """What Hydra or OmegaConf says in several lines, as one that names the option, its value and what would do."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        return f"{group}={choice}: choose one of {', '.join(error.options)}"
-    first, *_ = str(error).splitlines()
-    if match := re.match(r"Could not override '(.+?)'", first):
-        if match[1] == "exp":
-            return f"exp: write it with a plus, +exp=NAME, one of {', '.join(experiments())}"
-        return no_such_setting(match[1])
-    if first.startswith("Error merging override") and error.__cause__:
-        return f"{first.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
-    return " ".join(part.strip() for part in str(error).splitlines() if part.strip())
-
-
-def refuse(error: UsageError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
-def composed(overrides: list[str]) -> Config:
-    """The typed configuration of these overrides.
+def named(overrides: list[str]) -> list[Experiment]:
+    """The experiments that `+exp=` names: one, or several in a sweep.
 
     Raises:
-        UsageError: no experiment is named, or a key, group or value does not exist.
+        UsageError: none, an unknown one, or `exp=` without its plus.
     """
-    GlobalHydra.instance().clear()
-    if not any(o.lstrip("+").startswith("exp=") for o in overrides):
-        raise UsageError(f"no experiment named: give +exp=NAME, one of {', '.join(experiments())}")
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            found = compose("config", overrides)
-            # A `+` in front goes past the schema.
-            if unknown := set(settings(found)) - set(settings(SCHEMA)):
-                raise UsageError(no_such_setting(min(unknown)))
-            cfg = OmegaConf.to_object(found)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(one_line(error)) from None
-    assert isinstance(cfg, Config)
-    return cfg
+    if any(o.startswith("exp=") for o in overrides):
+        raise UsageError(f"exp: write it with a plus, +exp=NAME, one of {', '.join(names())}")
+    chosen = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("exp=")]
+    if not chosen:
+        raise UsageError(f"no experiment named: give +exp=NAME, one of {', '.join(names())}")
+    return [experiment(name) for name in ",".join(chosen).split(",")]
 
 
-def script(cfg: Config) -> ModuleType:
-    """The module in experiments/ that measures this kind.
+def script(kind: str) -> ModuleType:
+    """The module in experiments/ that measures this kind; its `Settings` are known to Hydra from then on.
 
     Raises:
         UsageError: there is none of that name.
     """
-    try:
-        module = import_module(cfg.kind)
-    except ModuleNotFoundError as error:
-        if error.name != cfg.kind:
-            raise
-        module = None
-    if not hasattr(module, "validate"):
-        raise UsageError(f"kind={cfg.kind}: no script in experiments/ measures that; leave it as the experiment has it")
-    assert module is not None
+    module = None
+    if kind.isidentifier() and (HERE / f"{kind}.py").is_file():
+        module = import_module(kind)
+    settings = getattr(module, "Settings", None)
+    if module is None or settings is None:
+        raise UsageError(f"kind={kind}: no script in experiments/ measures that; leave it as the experiment has it")
+    compose.add_kind(kind, settings)
     return module
 
 
-def check(module: ModuleType, cfg: Config) -> None:
+def kinds_of(overrides: list[str]) -> list[str]:
+    """The kinds of experiment that overrides lead to, a `kind=` of the command line last; each is made known."""
+    own = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("kind=")]
+    kinds = [e.kind for e in named(overrides)] + own
+    for kind in kinds:
+        script(kind)
+    return kinds
+
+
+def composed(overrides: list[str]) -> Any:
+    """The settings of these overrides, an instance of the `Settings` of their kind.
+
+    Raises:
+        UsageError: no experiment is named, or a key, group or value does not exist.
+    """
+    schema = script(kinds_of(overrides)[-1]).Settings
+    return compose.composed(CONF, overrides, schema)
+
+
+def writes(module: ModuleType, cfg: BaseConfig) -> bool:
+    """Whether a run has something to record: a script may say so once (`WRITES`) or for its settings (`writes`)."""
+    return module.writes(cfg) if hasattr(module, "writes") else getattr(module, "WRITES", True)
+
+
+def check(module: ModuleType, cfg: BaseConfig, exp: str) -> None:
     """Refuse what no experiment could use, then what this one could not, and last a folder that cannot be made.
+
+    Args:
+        exp: the experiment that the settings began as.
 
     Raises:
         UsageError: one line on the first such setting.
     """
-    if cfg.wandb.mode not in MODES:
-        raise UsageError(f"wandb.mode={cfg.wandb.mode}: choose one of {', '.join(MODES)}")
-    if not 0 <= cfg.bench.seed < 2**31:
-        raise UsageError(f"bench.seed={cfg.bench.seed}: give a whole number from 0 to {2**31 - 1}")
-    if cfg.profile is not None and not Path(cfg.profile).is_file():
-        raise UsageError(f"profile={cfg.profile}: no such file; +exp=calibrate writes one, and null measures anew")
-    if cfg.resume is not None and not (Path(cfg.resume) / "records.jsonl").is_file():
-        raise UsageError(f"resume={cfg.resume}: no records.jsonl there; give the folder of an earlier run")
+    plain_name("name", cfg.name, "it names the folder below outputs/")
+    if cfg.name != exp and cfg.name in names():
+        raise UsageError(f"name={cfg.name}: that is another experiment; give +exp={cfg.name}, or a name of your own")
+    one_of("wandb.mode", cfg.wandb.mode, WANDB_MODES)
+    one_of("about.axis", cfg.about.axis, AXES)
+    device_of(cfg)
     if cfg.resume is not None:
+        if not is_folder(cfg.resume) or not (Path(cfg.resume) / "records.jsonl").is_file():
+            raise UsageError(f"resume={cfg.resume}: no records.jsonl there; give the folder of an earlier run")
         _check_same_run(cfg)
     module.validate(cfg)
-    if not getattr(module, "WRITES", True):
+    if not writes(module, cfg):
         return
     try:
         if not cfg.output:
@@ -159,12 +161,12 @@ def check(module: ModuleType, cfg: Config) -> None:
         Path(cfg.output).mkdir(parents=True, exist_ok=True)
         if not os.access(cfg.output, os.W_OK):
             raise PermissionError("it may not be written")
-    except OSError as error:
-        why = error.strerror or str(error)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"output={cfg.output}: no folder to write to ({why}); give one that can be made") from None
 
 
-def _check_same_run(cfg: Config) -> None:
+def _check_same_run(cfg: BaseConfig) -> None:
     """Refuse to go on in the folder of another experiment or other hardware, or among the committed records."""
     from hcms_lab.ground.load import config, environment
 
@@ -181,22 +183,29 @@ def _check_same_run(cfg: Config) -> None:
 
 def with_gpus(overrides: list[str]) -> list[str]:
     """Where GPUs are visible: full size unless a workload is named, and the experiment's `on_gpus` first."""
-    if not visible_gpus() or "device=cpu" in overrides or composed(overrides).device == "cpu":
+    if not visible_gpus() or "device=cpu" in overrides:
+        return overrides
+    plain = composed(overrides)
+    if plain.device == "cpu":
         return overrides
     named = any(o.lstrip("+~").startswith("workload=") for o in overrides)
-    full_size = [] if named else ["workload=wan720p"]
+    full_size = [] if named or not hasattr(plain, "workload") else ["workload=wan720p"]
     return [*composed([*overrides, *full_size]).on_gpus, *overrides, *full_size]
+
+
+def refuse(error: UsageError) -> NoReturn:
+    print("error:", "\\n".join(str(error).splitlines()), file=sys.stderr)
+    sys.exit(2)
 
 
 @hydra_main(version_base="1.3", config_path=str(CONF), config_name="config")
 def hydra_run(cfg) -> None:
     from hcms_lab.run import run_recorded
 
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, Config)
+    config: Any = OmegaConf.to_object(cfg)
     try:
-        module = script(config)
-        check(module, config)
+        module = script(config.kind)
+        check(module, config, HydraConfig.get().runtime.choices["exp"])
     except UsageError as error:
         refuse(error)
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -210,7 +219,7 @@ def hydra_run(cfg) -> None:
         sys.exit(1)
 
 
-def follow(module: ModuleType, cfg: Config) -> None:
+def follow(module: ModuleType, cfg: BaseConfig) -> None:
     """Be one of torchrun's other ranks: measure, and leave folder, records and terminal to the first."""
     with (
         TemporaryDirectory() as scratch,
@@ -221,27 +230,51 @@ def follow(module: ModuleType, cfg: Config) -> None:
         module.run(cfg, Path(cfg.resume or scratch))
 
 
+def with_hydras_flags(argv: list[str]) -> None:
+    """Leave the command line to Hydra; what it refuses is one line as well."""
+    if unknown := [a for a in argv if a.startswith("-") and a.partition("=")[0] not in HYDRAS]:
+        raise UsageError(f"{unknown[0]}: no such flag here; --help shows those that there are")
+    if not any(flag in argv for flag in ABOUT_HYDRA):
+        schema = script(kinds_of([a for a in argv if not a.startswith("-")])[-1]).Settings
+    else:
+        schema = BaseConfig
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
+    try:
+        hydra_run()
+    except compose.COMPOSING as error:
+        raise UsageError(compose.one_line(error, schema)) from None
+
+
 def main(argv: list[str]) -> None:
-    if "--list" in argv:
-        for name, line in experiments().items():
-            print(f"{name:10} {line}")
+    if "--help" in argv or "-h" in argv:
+        print(help_text(), end="")
         return
-    if not any(a.startswith("-") for a in argv):
-        try:
-            overrides = with_gpus(argv)
-            cfg = composed(overrides)
-            module = script(cfg)
-            check(module, cfg)
-        except UsageError as error:
-            refuse(error)
-        if not getattr(module, "WRITES", True):
-            sys.exit(0 if module.run(cfg, None) else 1)
-        if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first rank alone writes and prints
-            follow(module, cfg)
+    if "--list" in argv:
+        for e in experiments():
+            print(f"{e.name:10} {e.title}")
+        return
+    try:
+        if any(a.startswith("-") and a != CHECK for a in argv):
+            with_hydras_flags(argv)
             return
-        GlobalHydra.instance().clear()
-        # A resumed run goes on in its own folder.
-        sys.argv[1:] = overrides if cfg.resume is None else [*overrides, f"hydra.run.dir='{cfg.resume}'"]
+        given = [a for a in argv if a != CHECK]
+        overrides = with_gpus(given)
+        cfg = composed(overrides)
+        module = script(cfg.kind)
+        check(module, cfg, named(given)[0].name)
+        if CHECK in argv:
+            print(f"{cfg.name}: these settings can run")
+            return
+        if not writes(module, cfg):
+            sys.exit(0 if module.run(cfg, None) else 1)
+    except UsageError as error:
+        refuse(error)
+    if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first rank alone writes and prints
+        follow(module, cfg)
+        return
+    GlobalHydra.instance().clear()
+    # A resumed run goes on in its own folder.
+    sys.argv[1:] = overrides if cfg.resume is None else [*overrides, f"hydra.run.dir='{cfg.resume}'"]
     hydra_run()
 
 

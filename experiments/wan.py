@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import replace
+import warnings
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,40 +12,54 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hcms.clip import ClipShape, Strides, divisors, heads_refusal, listed
+from hcms.clip import ClipShape, divisors, heads_refusal, listed
 from hcms.hardware import hardware
 from hcms.methods import METHODS
+from hcms.schedule.cost import Workload
 from hcms.schedule.cut import format_cut, parse_cut
-from hcms_lab.ground.config import Config
+from hcms_lab.ground.checks import as_list, distinct, is_folder, number, one_of, readable, whole
+from hcms_lab.ground.config import CasesConfig, Config
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.ground.model_config import ModelConfig
+from hcms_lab.ground.model_config import ClipConfig, ModelConfig, chosen_model, clips_of
 from hcms_lab.ground.records import RecordFile, derived_gbps
-from hcms_lab.measure.cases import (
-    DTYPES,
-    KERNELS,
-    Case,
-    Point,
-    as_list,
-    device_of,
-    link_of,
-    ranks_of,
-)
+from hcms_lab.measure.cases import KERNELS, Case, Point, check_run, device_of, link_of, ranks_of, ratios_of
+from hcms_lab.measure.fits import check_pace
 from hcms_lab.measure.progress import progress
+from hcms_lab.measure.wan.folder import as_saved
 
-WRITES = True  # `validate` sets it to False for a dry run, which has nothing to record
 NEEDS = ("diffusers", "transformers", "accelerate", "imageio_ffmpeg")
-PIPELINES = {"WanPipeline": "t2v", "WanImageToVideoPipeline": "i2v"}  # diffusers' name, our task
 CARDS_GB = (24, 32, 48, 80, 96, 141, 180)  # memories of the catalogue's GPUs
 
 
-def validate(cfg: Config) -> None:
+@dataclass
+class Settings(Config, ClipConfig, CasesConfig):
+    kind: str = "wan"
+    weights: str = "random"  # random | pretrained
+    weights_path: str | None = None  # a folder written by save_pretrained, or a hub name; null is the model's own
+    prompt: str = "A cat and a dog bake a cake together in a sunlit kitchen."
+    negative_prompt: str = ""
+    image: str | None = None  # first frame for i2v: a picture's path; null is a colour gradient
+    sharding: str = "none"  # none | fsdp2
+    vae_tiling: bool = False  # decode in tiles: less memory, other frames at the tiles' edges
+    compare_plain: bool = False  # also run the unchanged pipeline on each rank alone, and compare frames with it
+    dry: bool = False  # check sizes and memory, load nothing
+    memory_gib: float | None = None  # memory a rank that the check counts with; null is what is there
+
+
+def writes(cfg: Settings) -> bool:
+    """A dry run has nothing to record."""
+    return not cfg.dry
+
+
+def validate(cfg: Settings) -> None:
     """Refuse what could not run, memory included, before any rank starts and before any weight is loaded."""
-    global WRITES
-    WRITES = not cfg.dry
+    check_run(cfg)
+    if cfg.memory_gib is not None:
+        number("memory_gib", cfg.memory_gib, 0, 1e6, above=True)
     model, source = resolved(cfg)
     clips = clips_of(cfg, model)
     all_ranks = ranks_of(cfg)
-    heads = int(model.transformer["num_attention_heads"])
+    heads = model.transformer["num_attention_heads"]
     cases_of(cfg, heads, all_ranks)
     for ranks in all_ranks:
         if refusal := heads_refusal(heads, ranks, f"model={model.name}"):
@@ -53,16 +67,19 @@ def validate(cfg: Config) -> None:
         for clip in clips:
             if refusal := clip.refusal(ranks):
                 raise UsageError(refusal)
+            if link_of(cfg) == "emulated":
+                head_dim = model.transformer["attention_head_dim"]
+                layer = Workload(clip.tokens, heads, ranks, head_dim, 1, model.dtype)
+                check_pace(layer, cfg.link.gbps, cfg.link.latency_us)
     if missing := [name for name in NEEDS if find_spec(name) is None]:
         raise UsageError(f"{cfg.name} needs {', '.join(missing)}: pip install -e '.[wan]'")
     _check_kernel(cfg, model)
     if source is not None and not Path(source).is_dir():
         _check_hub(source)
-    if not cfg.dry:
-        _check_memory(cfg, model, clips, all_ranks)
+    _check_memory(cfg, model, clips, all_ranks)
 
 
-def run(cfg: Config, folder: Path | None) -> bool:
+def run(cfg: Settings, folder: Path | None) -> bool:
     """Measure every clip length that the folder's records do not hold yet; print the tables; True if all is ok."""
     model, source = resolved(cfg)
     if cfg.dry:
@@ -76,11 +93,10 @@ def run(cfg: Config, folder: Path | None) -> bool:
     file = RecordFile(folder / "records.jsonl")
     slug = hardware(device).slug
     heads = int(model.transformer["num_attention_heads"])
-    ratios = as_list(cfg.link.ratio) if link == "emulated" and cfg.link.gbps is None else [None]
     todo: dict[int, list[tuple[Point, ClipShape]]] = {}
     for ranks in ranks_of(cfg):
         cases = cases_of(cfg, heads, [ranks])
-        for ratio in ratios:
+        for ratio in ratios_of(cfg):
             for clip in sorted(clips_of(cfg, model), key=lambda c: -c.tokens):  # the longest first: it sets the link
                 point = _point(model, clip, ranks, cfg.kernels[0], ratio if ranks > 1 else None, cases)
                 if not _recorded(file, point, clip):
@@ -121,32 +137,17 @@ def _on_rank(rank: Any, clip_job: Any, ticks: Any) -> None:
     measure_clips(rank, clip_job, ticks.put)
 
 
-def resolved(cfg: Config) -> tuple[ModelConfig, str | None]:
+def resolved(cfg: Settings) -> tuple[ModelConfig, str | None]:
     """The model with the run's own settings in it, and where its weights come from (None: random).
 
     Raises:
-        UsageError: no model, an unknown choice, a number out of range, or a folder that holds no pipeline.
+        UsageError: no model, an unknown choice, a number out of range, no picture, or a folder that holds no pipeline.
     """
-    model = cfg.model
-    if not model.name:
-        raise UsageError("model: none chosen; give model=wan-tiny or another file of conf/model/")
-    for name, value, known in (
-        ("weights", cfg.weights, ("random", "pretrained")),
-        ("sharding", cfg.sharding, ("none", "fsdp2")),
-        ("model.task", model.task, ("t2v", "i2v")),
-        ("model.dtype", model.dtype, DTYPES),
-    ):
-        if value not in known:
-            raise UsageError(f"{name}={value}: choose one of {', '.join(known)}")
-    own = {k: getattr(cfg, k) for k in ("width", "height", "steps", "flow_shift", "guidance", "guidance_2")}
-    model = replace(model, **{k: v for k, v in own.items() if v is not None})
-    for name in ("width", "height", "steps", "text_tokens", "experts"):
-        if getattr(model, name) < 1:
-            raise UsageError(f"{name}={getattr(model, name)}: give a whole number of at least 1")
-    if not model.flow_shift > 0:
-        raise UsageError(f"flow_shift={model.flow_shift}: give a number above 0")
-    if cfg.image is not None and not Path(cfg.image).is_file():
-        raise UsageError(f"image={cfg.image}: no such file; give a picture's path, or null for a colour gradient")
+    model = chosen_model(cfg)
+    one_of("weights", cfg.weights, ("random", "pretrained"))
+    one_of("sharding", cfg.sharding, ("none", "fsdp2"))
+    if cfg.image is not None:
+        _check_picture(cfg.image)
     if cfg.weights == "random":
         if cfg.weights_path is not None:
             raise UsageError(
@@ -156,8 +157,8 @@ def resolved(cfg: Config) -> tuple[ModelConfig, str | None]:
     source = cfg.weights_path or model.hub
     if source is None:
         raise UsageError(f"weights=pretrained: model={model.name} is not on the hub; give weights_path=<folder>")
-    if Path(source).is_dir():
-        return _as_saved(model, Path(source)), source
+    if is_folder(source):
+        return as_saved(model, Path(source)), source
     if cfg.weights_path is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise UsageError(
             f"weights_path={source}: no such folder; give one that save_pretrained wrote, or owner/name on the hub"
@@ -165,58 +166,30 @@ def resolved(cfg: Config) -> tuple[ModelConfig, str | None]:
     return model, source
 
 
-def _as_saved(model: ModelConfig, folder: Path) -> ModelConfig:
-    """The model that a folder holds, by its own configuration files."""
-    from hcms_lab.measure.wan.folder import refusal
+def _check_picture(path: str) -> None:
+    advice = "give a picture's path, or null for a colour gradient"
+    file = readable("image", path, advice, at_most_mib=64)
+    from PIL import Image
 
-    if why := refusal(folder):
-        raise UsageError(f"weights_path={folder}: {why}")
-    index = json.loads((folder / "model_index.json").read_text())
-    if index["_class_name"] not in PIPELINES:
-        raise UsageError(
-            f"weights_path={folder}: it holds a {index['_class_name']}; give one of {', '.join(PIPELINES)}"
-        )
-
-    def part(name: str) -> dict[str, Any]:
-        return {
-            k: v for k, v in json.loads((folder / name / "config.json").read_text()).items() if not k.startswith("_")
-        }
-
-    second = (index.get("transformer_2") or [None])[0] is not None
-    return replace(
-        model,
-        task=PIPELINES[index["_class_name"]],
-        experts=2 if second else 1,
-        boundary_ratio=index.get("boundary_ratio"),
-        expand_timesteps=bool(index.get("expand_timesteps", False)),
-        transformer=part("transformer"),
-        vae=part("vae"),
-    )
+    try:
+        with warnings.catch_warnings(action="error"), Image.open(file) as picture:  # a bomb is a warning to Pillow
+            picture.verify()
+    except Exception as error:  # Pillow's formats raise whatever a broken file leads them to
+        raise UsageError(f"image={path}: no picture ({' '.join(str(error).split())}); {advice}") from None
 
 
-def clips_of(cfg: Config, model: ModelConfig) -> list[ClipShape]:
-    """The clips' shapes; `frames` counts video frames here.
-
-    Raises:
-        UsageError: frames that are not 4n + 1, or a size that is not whole in patches.
-    """
-    clips = []
-    for frames in as_list(cfg.frames) or [model.frames]:
-        if not isinstance(frames, int) or isinstance(frames, bool):
-            raise UsageError(f"frames={frames}: give a whole number of video frames, 4n + 1")
-        try:
-            clips.append(ClipShape(frames, model.height, model.width, Strides.of(model.transformer, model.vae)))
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-    return clips
-
-
-def cases_of(cfg: Config, heads: int, all_ranks: list[int]) -> list[Case]:
+def cases_of(cfg: Settings, heads: int, all_ranks: list[int]) -> list[Case]:
     """The methods, each with its cuts; ulysses is among them, as everything is compared with it."""
+    distinct("methods", cfg.methods, f"nothing to measure; name at least one of {', '.join(METHODS)}")
+    one_of("first", cfg.first, ("exchange", "return"))
+    if cfg.prefetch is not None:
+        whole("prefetch", cfg.prefetch)
     cases: dict[Case, None] = {}
     for method in cfg.methods:
         if method not in METHODS:
             raise UsageError(f"methods={method}: choose among {', '.join(METHODS)}")
+        if METHODS[method].cuts:
+            distinct("cuts", cfg.cuts, f"{method} cuts heads; give cuts=[even:2], say")
         for cut in cfg.cuts if METHODS[method].cuts else [None]:
             if cut not in (None, "auto"):
                 for ranks in all_ranks:
@@ -259,8 +232,8 @@ def _recorded(file: RecordFile, point: Point, clip: ClipShape) -> bool:
     return all((point.ranks, point.link_ratio, clip.frames, c.method, c.cut) in have for c in point.cases)
 
 
-def _check_kernel(cfg: Config, model: ModelConfig) -> None:
-    if len(cfg.kernels) != 1 or cfg.kernels[0] not in KERNELS:
+def _check_kernel(cfg: Settings, model: ModelConfig) -> None:
+    if len(cfg.kernels) != 1:
         raise UsageError(f"kernels={list(cfg.kernels)}: give one of {', '.join(KERNELS)}")
     import torch
 
@@ -283,11 +256,13 @@ def _check_hub(source: str) -> None:
         )
 
 
-def _check_memory(cfg: Config, model: ModelConfig, clips: list[ClipShape], all_ranks: list[int]) -> None:
-    from hcms_lab.measure.wan.memory import GIB, available_bytes
+def _check_memory(cfg: Settings, model: ModelConfig, clips: list[ClipShape], all_ranks: list[int]) -> None:
+    from hcms_lab.measure.fits import GIB, available_bytes
 
     longest = max(clips, key=lambda c: c.tokens)
     needs = {n.ranks: n for n in _needs(cfg, model, longest)}
+    if cfg.dry:  # its table says what fits
+        return
     heads = int(model.transformer["num_attention_heads"])
     for ranks in all_ranks:
         there = cfg.memory_gib * GIB if cfg.memory_gib is not None else available_bytes(device_of(cfg), ranks)
@@ -303,16 +278,17 @@ def _check_memory(cfg: Config, model: ModelConfig, clips: list[ClipShape], all_r
             )
 
 
-def _needs(cfg: Config, model: ModelConfig, clip: ClipShape) -> list[Any]:
+def _needs(cfg: Settings, model: ModelConfig, clip: ClipShape) -> list[Any]:
     from hcms_lab.measure.wan.memory import rank_counts
 
     try:
         return rank_counts(model, clip, sharding=cfg.sharding, guidance=model.guidance > 1, vae_tiling=cfg.vae_tiling)
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
-        raise UsageError(f"model={model.name}: its arguments build no model: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # diffusers and transformers raise whatever an argument leads them to
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"model={model.name}: its arguments build no model: {why:.200}") from None
 
 
-def dry_run(cfg: Config, model: ModelConfig) -> bool:
+def dry_run(cfg: Settings, model: ModelConfig) -> bool:
     """Print sizes, traffic and memory a rank for every rank count; False if a wanted one does not fit."""
     from hcms_lab.measure.wan.memory import GIB
 

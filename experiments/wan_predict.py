@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +13,47 @@ from rich.table import Table
 
 from hcms.clip import ClipShape, heads_refusal
 from hcms.schedule import catalogue
+from hcms_lab.ground.checks import as_list, distinct, whole
 from hcms_lab.ground.clip_record import ClipRecord, of_clip
-from hcms_lab.ground.config import Config
+from hcms_lab.ground.config import BaseConfig
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.ground.model_config import ModelConfig
+from hcms_lab.ground.layers import MOST_OF_A_SIZE, gpus_of
+from hcms_lab.ground.model_config import ClipConfig, ModelConfig, chosen_model, clips_of
 from hcms_lab.ground.records import RecordFile
-from hcms_lab.measure.cases import as_list
 from hcms_lab.measure.wan.predict import ASSUMED, ClipPrediction, predict_clip, weights_gb
-from wan import clips_of, resolved
 
 METHODS = ("ulysses", "ulysses-packed", "hcms", "ring")
 
 
-def validate(cfg: Config) -> None:
+@dataclass
+class Settings(BaseConfig, ClipConfig):
+    kind: str = "wan_predict"
+    gpu: str | None = "all"  # a GPU of the catalogue, or all
+    ranks: Any = field(default_factory=lambda: [2, 4, 8])  # an int or a list
+
+
+def validate(cfg: Settings) -> None:
     """Refuse what the catalogue or the model cannot answer."""
-    model, _ = resolved(cfg)
-    if model.dtype not in catalogue.DTYPES or int(model.transformer["attention_head_dim"]) != catalogue.HEAD_DIM:
+    model = chosen_model(cfg)
+    if model.dtype not in catalogue.DTYPES or model.transformer["attention_head_dim"] != catalogue.HEAD_DIM:
         raise UsageError(
             f"model={model.name}: rates are known for {' and '.join(catalogue.DTYPES)} and head size "
             f"{catalogue.HEAD_DIM} only; give a model of full size"
         )
-    _gpus(cfg)
+    gpus_of(cfg.gpu)
+    distinct("ranks", as_list(cfg.ranks), "nothing to predict; give at least one")
     for ranks in as_list(cfg.ranks):
-        if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 2:
-            raise UsageError(f"ranks={ranks}: give whole numbers of at least 2")
-        if refusal := heads_refusal(int(model.transformer["num_attention_heads"]), ranks, f"model={model.name}"):
+        whole("ranks", ranks, 2, MOST_OF_A_SIZE)
+        if refusal := heads_refusal(model.transformer["num_attention_heads"], ranks, f"model={model.name}"):
             raise UsageError(f"ranks={ranks}: {refusal}")
         for clip in clips_of(cfg, model):
             if refusal := clip.refusal(ranks):
                 raise UsageError(refusal)
 
 
-def run(cfg: Config, folder: Path) -> bool:
+def run(cfg: Settings, folder: Path) -> bool:
     """Predict, record and print every GPU and link at every rank count and length."""
-    model, _ = resolved(cfg)
+    model = chosen_model(cfg)
     file = RecordFile(folder / "records.jsonl")
     file.path.unlink(missing_ok=True)  # a prediction has nothing to resume
     console = Console()
@@ -89,26 +97,17 @@ def run(cfg: Config, folder: Path) -> bool:
     return True
 
 
-def _gpus(cfg: Config) -> list[catalogue.Gpu]:
-    if cfg.gpu in (None, "all"):
-        return list(catalogue.load().gpus.values())
-    try:
-        return [catalogue.gpu(str(cfg.gpu))]
-    except ValueError as error:
-        raise UsageError(f"gpu={cfg.gpu}: {error}, or all") from None
-
-
 def _predictions(
-    cfg: Config, model: ModelConfig, clip: ClipShape, ranks: int
+    cfg: Settings, model: ModelConfig, clip: ClipShape, ranks: int
 ) -> Iterator[tuple[catalogue.Gpu, str, ClipPrediction]]:
-    for gpu in _gpus(cfg):
+    for gpu in gpus_of(cfg.gpu):
         for link in gpu.links.values():
             if ranks <= link.ranks:
                 yield gpu, link.name, predict_clip(gpu, model, clip, ranks, link=link.name)
 
 
 def _records(
-    cfg: Config,
+    cfg: Settings,
     model: ModelConfig,
     clip: ClipShape,
     ranks: int,
@@ -138,7 +137,7 @@ def _records(
             speedup_vs_ulysses=found.clip_speedup(method),
             speedup_vs_ring=found.clip_ms("ring") / found.clip_ms(method),
             plan_reason=found.advice.choice.reason if method == "hcms" else None,
-            weights=cfg.weights,
+            weights="random",  # a prediction knows sizes alone
             sharding="none",
             **of_clip(model, clip),
             self_attention_ms=found.attention_ms[method],

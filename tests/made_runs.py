@@ -82,7 +82,7 @@ def make_run(
         "name": exp,
         "kind": "compare_methods",
         "workload": {"name": workload},
-        "frames": list(frames),
+        "latent_frames": list(frames),
         "ranks": list(ranks),
         "link": {"kind": "emulated", "ratio": list(ratios)},
         "methods": list(METHODS),
@@ -167,14 +167,15 @@ def make_repository(root: Path) -> Path:
 
     conf = root / "conf" / "exp"
     conf.mkdir(parents=True)
-    for name, what in (
-        ("fig3", "Figure 3: latency by sequence length."),
-        ("fig4", "Figure 4: rank counts."),
-        ("table2", "Table 2: equivalence."),
+    for name, title in (
+        ("fig3", "Latency by sequence length."),
+        ("fig4", "Rank counts."),
+        ("table2", "Equivalence."),
         ("advise", "Advice without hardware."),
     ):
         (conf / f"{name}.yaml").write_text(
-            f"# @package _global_\n# python experiments/run.py +exp={name}\n# {what}\nname: {name}\n"
+            f"# @package _global_\n# python experiments/run.py +exp={name}\n"
+            f"defaults:\n  - /kind: microbench\nabout:\n  title: {title}\nname: {name}\n"
         )
     make_run(root, "fig3", slug="cpu-one", committed=True, cuts=("1-3-1", "2-3"))
     make_run(root, "fig3", slug="cpu-two", committed=True, ratios=(0.4,), cuts=("1-3-1",))

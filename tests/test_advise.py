@@ -197,14 +197,14 @@ def command(*overrides: str) -> subprocess.CompletedProcess[str]:
 
 class TestCommand:
     def test_one_gpu(self) -> None:
-        done = command("gpu=l40s", "ranks=4", "frames=13")
+        done = command("gpu=l40s", "ranks=4", "latent_frames=13")
         assert done.returncode == 0, done.stderr
         assert "46,800 tokens" in done.stdout
         assert "use it" in done.stdout
         assert re.search(r"^ *\d+ +L40S's FlashAttention-2 at 55 %", done.stdout, re.MULTILINE)
 
     def test_all(self) -> None:
-        done = command("gpu=all", "ranks=4", "frames=9")
+        done = command("gpu=all", "ranks=4", "latent_frames=9")
         assert done.returncode == 0, done.stderr
         rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
         for slug in catalogue.load().gpus:
@@ -224,13 +224,13 @@ class TestCommand:
         assert done.returncode == 0, done.stderr
 
     def test_lists(self) -> None:
-        done = command("gpu=h100", "ranks=[2,4]", "frames=[9,16]", "kernels=[flash-attn,flash-attn-3]")
+        done = command("gpu=h100", "ranks=[2,4]", "latent_frames=[9,16]", "kernels=[flash-attn,flash-attn-3]")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Predicted:") == 4
         assert len(re.findall(r"^ *h100-sxm", done.stdout, re.MULTILINE)) == 8
 
     def test_over_two_levels(self) -> None:
-        done = command("gpu=h100", "ranks=64", "frames=16", "workload.heads=128")
+        done = command("gpu=h100", "ranks=64", "latent_frames=16", "workload.heads=128")
         assert done.returncode == 0, done.stderr
         assert "InfiniBand NDR" in done.stdout
 
@@ -241,11 +241,11 @@ class TestCommand:
             (("gpu=null",), ("gpu=null", "all")),
             (("gpu=l40s", "ranks=3"), ("ranks=3", "40 heads", "2, 4, 5, 8", "workload.heads=42")),
             (("ranks=64",), ("ranks=64", "40 heads", "workload.heads=64")),
-            (("ranks=64", "workload.heads=64"), ("frames=9", "32400 tokens", "frames=8 or 12")),
+            (("ranks=64", "workload.heads=64"), ("latent_frames=9", "32400 tokens", "latent_frames=8 or 12")),
             (("ranks=1",), ("ranks=1",)),
             (("ranks=0",), ("ranks=0", "at least 1")),
-            (("frames=[]",), ("frames",)),
-            (("frames=-3",), ("frames=-3", "at least 1")),
+            (("latent_frames=[]",), ("latent_frames",)),
+            (("latent_frames=-3",), ("latent_frames=-3", "at least 1")),
             (("kernels=[sage]", "gpu=l40s"), ("kernels=sage", "flash-attn")),
             (("workload=wan_scaled",), ("float32", "bfloat16")),
             (("workload.head_dim=64",), ("head_dim=64", "128")),

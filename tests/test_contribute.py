@@ -80,7 +80,7 @@ def fail_one(rows: list[dict[str, Any]]) -> None:
     ("change", "message"),
     [
         (drop_ring_once, "incomplete: ring was asked for, and has no record at 2 ranks, 2160 tokens"),
-        (drop_length, "incomplete: no record with frames=16"),
+        (drop_length, "incomplete: no record with latent_frames=16"),
         (drop_cut, "incomplete: hcms has no record with the cut 2-3 at 2 ranks, 2160 tokens"),
         (fail_one, "not ok: ulysses  at 2160 tokens: RuntimeError: no"),
         (lambda rows: rows[0].update(exp="fig5"), "records of several experiments in one folder: fig3, fig5"),

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from hcms_lab.ground.experiments import axis
 from hcms_lab.report import dashboard
-from hcms_lab.report.wandb_mirror import axis
 from made_runs import make_repository, script
 
 pytest.importorskip("wandb_workspaces", reason="the dashboard extra is not installed")

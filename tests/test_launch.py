@@ -18,7 +18,7 @@ from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.launch import Rank, RankFailed, launch
 
 RUN = tiny.EXPERIMENTS / "run.py"
-TINY = ["+exp=fig3", *tiny.SETTINGS, "frames=[2,1]", "methods=[ulysses,hcms]", "cuts=[even:2]"]
+TINY = ["+exp=fig3", *tiny.SETTINGS, "latent_frames=[2,1]", "methods=[ulysses,hcms]", "cuts=[even:2]"]
 
 # A kind of experiment that is the micro-benchmark, but for what rank 1 does when it comes to the second point.
 FAULTY = """

@@ -30,7 +30,7 @@ def test_every_column_and_its_type(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(table, records(folder / "records.jsonl"))
     assert environment(folder)["hardware"]["slug"] == "cpu-made-up"
     assert environment(folder / "records.jsonl") == environment(folder)
-    assert config(folder)["frames"] == [9, 16]
+    assert config(folder)["latent_frames"] == [9, 16]
 
 
 def test_extra_columns_stay(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from hcms.attention import SequenceParallelAttention
 from hcms.kernels import KERNELS
 from hcms.links import emulated
-from hcms_lab.ground.config import Config, WorkloadConfig
+from hcms_lab.ground.config import WorkloadConfig
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.cases import points
 from hcms_lab.measure.contestant import Contestant
 from hcms_lab.measure.peers import PEERS, peer
 from hcms_lab.measure.peers.diffusers_ulysses import BACKENDS
+from made_runs import script
 from ranks import Place, error_bound, largest, on_ranks, own, whole_qkv
 
 ON_CPU = [name for name, entry in PEERS.items() if not entry.gpus_only]
@@ -121,8 +122,8 @@ def test_an_unknown_peer_is_refused_with_the_known_ones() -> None:
 
 def test_a_misspelt_peer_is_refused_before_anything_starts() -> None:
     workload = WorkloadConfig(name="tiny", tokens_per_frame=4, heads=2, head_dim=8, dtype="float32")
-    cfg = Config(
-        name="t", kind="microbench", workload=workload, frames=1, methods=["peer:difusers-ulysses"], device="cpu"
+    cfg = script("microbench").Settings(
+        name="t", workload=workload, latent_frames=1, methods=["peer:difusers-ulysses"], device="cpu"
     )
     with pytest.raises(UsageError, match=r"methods=peer:difusers-ulysses: choose one of .*peer:diffusers-ulysses"):
         points(cfg)

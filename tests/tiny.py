@@ -49,7 +49,7 @@ def run() -> tuple[Path, str]:
     done = command(
         folder,
         str(EXPERIMENTS / "run.py"),
-        *(*FIG3, "frames=[3,1]"),
+        *(*FIG3, "latent_frames=[3,1]"),
     )
     assert done.returncode == 0, done.stderr
     return (folder / "outputs" / "fig3" / "latest").resolve(), done.stdout

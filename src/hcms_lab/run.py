@@ -16,14 +16,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from hcms.hardware import hardware
-from hcms_lab.ground.config import Config
+from hcms_lab.ground.config import BaseConfig, Config
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.cases import device_of, link_of
 from hcms_lab.measure.environment import environment
 from hcms_lab.measure.launch import RankFailed
 
 
-def run_recorded(module: ModuleType, cfg: Config, folder: Path) -> bool:
+def run_recorded(module: ModuleType, cfg: BaseConfig, folder: Path) -> bool:
     """Run an experiment's script in its folder; True if every case is ok.
 
     The folder gets `config.resolved.yaml` and `env.json` first, then what the script records, then the figure or the
@@ -32,7 +32,8 @@ def run_recorded(module: ModuleType, cfg: Config, folder: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.resolved.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
     device = device_of(cfg)
-    env = environment(hardware(device), link_of(cfg), device)
+    link = link_of(cfg) if isinstance(cfg, Config) else "none"  # a prediction, say, exchanges nothing
+    env = environment(hardware(device), link, device)
     _write(folder / "env.json", env)
     shown, began_s = os.path.relpath(folder), perf_counter()
     try:
@@ -93,7 +94,7 @@ def _tabulate(name: str, folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _mirrored(folder: Path, cfg: Config, env: dict[str, Any]) -> Iterator[Any]:
+def _mirrored(folder: Path, cfg: BaseConfig, env: dict[str, Any]) -> Iterator[Any]:
     """The W&B mirror, fed with finished cases about once a second while ranks measure."""
     from hcms_lab.report.wandb_mirror import Mirror
 

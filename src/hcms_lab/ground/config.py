@@ -1,4 +1,9 @@
-"""The typed configuration of every experiment (Hydra composes it, struct mode refuses unknown keys)."""
+"""The typed blocks that settings are made of; Hydra composes them, struct mode refuses unknown keys.
+
+A kind of experiment is a script in experiments/ with a dataclass `Settings`, made of what stands here: `BaseConfig` for
+every one; `Config` for those that start ranks; `LayerConfig` for those that measure one attention layer; `CasesConfig`
+for those that set methods against each other. Whole pipelines add `ClipConfig` of `ground/model_config.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,18 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from hcms_lab.ground.model_config import WanConfig
+AXES = ("seq_len", "comm_ratio", "world_size", "chunks")
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+@dataclass
+class AboutConfig:
+    """What an experiment is, for lists, the README, `make reproduce` and W&B. Says nothing about how it is measured."""
+
+    title: str = MISSING  # a sentence
+    budget_min: float | None = None  # minutes on 2 idle cores; null keeps it out of `make reproduce`
+    gpus: int = 0  # so many at least
+    axis: str = "seq_len"  # seq_len | comm_ratio | world_size | chunks: W&B's step metric
 
 
 @dataclass
@@ -15,7 +31,7 @@ class WorkloadConfig:
     """The attention layer that is measured. `heads` counts all ranks' heads."""
 
     name: str = MISSING
-    tokens_per_frame: int = MISSING
+    tokens_per_frame: int = MISSING  # of a latent frame
     heads: int = MISSING
     head_dim: int = 128
     batch: int = 1
@@ -33,15 +49,19 @@ class LinkConfig:
 
     kind: str = "auto"  # auto | emulated | native
     ratio: Any = 0.25  # a ratio or a list of them, each in (0, 1); ignored where gbps is given or the link is native
-    ratio_at: Any = "longest"  # derive the bandwidth at the longest of `frames`, at `each`, or at a number
+    ratio_at: Any = "longest"  # derive the bandwidth at the longest sequence, at `each`, or at so many latent frames
     gbps: float | None = None  # 10^9 bytes a second leaving a rank
     latency_us: float = 50.0
 
 
 @dataclass
-class BenchConfig:
+class RoundsConfig:
     warmup: int = 2
     iterations: int = 12
+
+
+@dataclass
+class BenchConfig(RoundsConfig):
     seed: int = 0
     predict: bool = True  # calibrate at each point and record what the simulator predicts
     load: str = "auto"  # sustained (blocks of back-to-back calls) | rested (single calls); auto: sustained on GPUs
@@ -58,27 +78,47 @@ class WandbConfig:
 
 
 @dataclass
-class Config(WanConfig):
+class BaseConfig:
+    """What every experiment has."""
+
     name: str = MISSING  # fig3, table2, ...: names the folder under outputs/
     kind: str = MISSING  # the script in experiments/ that measures it
-    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
-    frames: Any = field(default_factory=lambda: [9, 11, 13, 16])  # latent frames: an int or a list
-    ranks: Any = None  # an int, a list, or `each` (2, 4, 8); null is every visible GPU, or 2 without any
+    about: AboutConfig = field(default_factory=AboutConfig)
     device: str = "auto"  # auto | cpu | cuda
     on_gpus: list[str] = field(
         default_factory=list
     )  # settings that hold where GPUs are visible, as one would type them
-    gpu: str | None = None  # advise: a GPU of the catalogue, or all
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    output: str = "outputs"
+    resume: str | None = None  # a run's folder: skip the cases that its records already hold
+
+
+@dataclass
+class Config(BaseConfig):
+    """What an experiment has that starts ranks."""
+
+    ranks: Any = None  # an int, a list, or `each` (2, 4, 8); null is every visible GPU, or 2 without any
     link: LinkConfig = field(default_factory=LinkConfig)
+    kernels: list[str] = field(default_factory=lambda: ["sdpa"])  # [all] is every kernel that can run here
+    bench: BenchConfig = field(default_factory=BenchConfig)
+    profile: str | None = None  # a profile that +exp=calibrate wrote; null calibrates at each point
+
+
+@dataclass
+class LayerConfig(Config):
+    """What an experiment has that measures one attention layer."""
+
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    latent_frames: Any = field(default_factory=lambda: [9, 11, 13, 16])  # the sequence's length: an int or a list
+
+
+@dataclass
+class CasesConfig:
+    """Who is measured: methods, and how those that cut heads cut them."""
+
     methods: list[str] = field(
         default_factory=lambda: ["ulysses", "ulysses-packed", "hcms-serial", "hcms", "ring", "ceiling"]
     )
-    cuts: list[str] = field(default_factory=lambda: ["even:2"])  # for the methods that cut heads
+    cuts: list[str] = field(default_factory=lambda: ["even:2"])
     prefetch: int | None = None  # chunks exchanged ahead; null is all
     first: str = "exchange"  # exchange | return
-    kernels: list[str] = field(default_factory=lambda: ["sdpa"])  # [all] is every kernel that can run here
-    bench: BenchConfig = field(default_factory=BenchConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-    output: str = "outputs"
-    profile: str | None = None  # a profile that +exp=calibrate wrote; null calibrates at each point
-    resume: str | None = None  # a run's folder: skip the cases that its records already hold

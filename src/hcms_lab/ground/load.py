@@ -108,9 +108,15 @@ def hardware_name(path: Path | str) -> str:
 
 
 def config(path: Path | str) -> dict[str, Any]:
-    """The `config.resolved.yaml` beside a run's records, or {} where there is none."""
+    """The `config.resolved.yaml` beside a run's records, or {} where there is none.
+
+    Runs of before the two counts of frames had names of their own get today's: `latent_frames`, but of whole clips.
+    """
     file = _folder(path) / "config.resolved.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "frames" in found and found.get("kind") not in ("wan", "wan_predict"):
+        found["latent_frames"] = found.pop("frames")
+    return found
 
 
 def newest(exp: str, root: Path = ROOT) -> Path:

@@ -1,9 +1,16 @@
-"""The configuration of a whole pipeline: which model, which weights, which clip. Imports no torch."""
+"""The configuration of a whole pipeline: which model, which clips, and what of them is refused. Imports no torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from hcms.clip import ClipShape, Strides
+from hcms.schedule.cost import ITEMSIZE
+from hcms_lab.ground.checks import as_list, distinct, number, one_of, whole
+from hcms_lab.ground.errors import UsageError
+
+DTYPES = tuple(ITEMSIZE)
 
 
 @dataclass
@@ -38,23 +45,106 @@ class ModelConfig:
 
 
 @dataclass
-class WanConfig:
-    """What a run of a whole pipeline needs beside what every experiment has. Null is the model's own value."""
+class ClipConfig:
+    """Which clips of which model a run is about. Null is the model's own value."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    weights: str = "random"  # random | pretrained
-    weights_path: str | None = None  # a folder written by save_pretrained, or a hub name; null is the model's own
+    frames: Any = None  # video frames, 4n + 1: an int or a list
     width: int | None = None
     height: int | None = None
     steps: int | None = None  # denoising steps a clip
     flow_shift: float | None = None
     guidance: float | None = None
     guidance_2: float | None = None
-    prompt: str = "A cat and a dog bake a cake together in a sunlit kitchen."
-    negative_prompt: str = ""
-    image: str | None = None  # first frame for i2v: a picture's path; null is a colour gradient
-    sharding: str = "none"  # none | fsdp2
-    vae_tiling: bool = False  # decode in tiles: less memory, other frames at the tiles' edges
-    compare_plain: bool = False  # also run the unchanged pipeline on each rank alone, and compare frames with it
-    dry: bool = False  # check sizes and memory, load nothing
-    memory_gib: float | None = None  # memory a rank that the check counts with; null is what is there
+
+
+# Arguments without which no size of a model is known.
+NEEDED = {
+    "transformer": (
+        *("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "in_channels", "out_channels"),
+        *("text_dim", "freq_dim", "patch_size"),
+    ),
+    "text_encoder": ("vocab_size", "d_model", "d_ff", "num_heads", "d_kv", "num_layers"),
+}
+# The least and the most of an argument; of any other whole number 1 and 2^20. A slip must not build for hours.
+BOUNDS = {
+    "num_layers": (1, 1000),
+    "num_attention_heads": (1, 4096),
+    "num_heads": (1, 4096),
+    "num_res_blocks": (0, 64),
+    "vocab_size": (1, 10_000_000),
+}
+
+
+def chosen_model(cfg: ClipConfig) -> ModelConfig:
+    """The model with the run's own settings in it, checked.
+
+    Raises:
+        UsageError: no model, an unknown choice, an argument that is missing, or a number out of range.
+    """
+    model = cfg.model
+    if not model.name:
+        raise UsageError("model: none chosen; give model=wan-tiny or another file of conf/model/")
+    own = {k: getattr(cfg, k) for k in ("width", "height", "steps", "flow_shift", "guidance", "guidance_2")}
+    model = replace(model, **{k: v for k, v in own.items() if v is not None})
+    check_model(model)
+    return model
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse a model that nothing could be built of."""
+    one_of("model.task", model.task, ("t2v", "i2v"))
+    one_of("model.dtype", model.dtype, DTYPES)
+    for name, high in (("width", 2**16), ("height", 2**16), ("steps", 10_000)):
+        whole(name, getattr(model, name), high=high)
+    for name, high in (("text_tokens", 2**16), ("experts", 2), ("fps", 1000)):
+        whole(f"model.{name}", getattr(model, name), high=high)
+    number("flow_shift", model.flow_shift, 0, 1000, above=True)
+    number("guidance", model.guidance, 0, 1000)
+    if model.guidance_2 is not None:
+        number("guidance_2", model.guidance_2, 0, 1000)
+    if model.boundary_ratio is not None:
+        number("model.boundary_ratio", model.boundary_ratio, 0, 1)
+    if model.decode_mflop_a_pixel is not None:
+        number("model.decode_mflop_a_pixel", model.decode_mflop_a_pixel, 0, 1e6)
+    for part in ("transformer", "vae", "text_encoder", "scheduler"):
+        arguments = getattr(model, part)
+        for name in NEEDED.get(part, ()):
+            if arguments.get(name) is None:
+                raise UsageError(f"model.{part}.{name}: missing; conf/model/wan-tiny.yaml shows what a model needs")
+        for name, value in arguments.items():
+            _check_argument(f"model.{part}.{name}", name, value, needed=name in NEEDED.get(part, ()))
+    patch = model.transformer["patch_size"]
+    if len(as_list(patch)) != 3:
+        raise UsageError(f"model.transformer.patch_size={patch}: give three: latent frames, rows, columns")
+
+
+def _check_argument(shown: str, name: str, value: Any, *, needed: bool) -> None:
+    """Numbers in bounds; what is needed is a number. Words and truth values are for diffusers to judge."""
+    for part in as_list(value):
+        if needed or (isinstance(part, int) and not isinstance(part, bool)):
+            whole(shown, part, *BOUNDS.get(name, (1, 2**20)))
+        elif isinstance(part, float):
+            number(shown, part, -1e6, 1e6)
+
+
+def clips_of(cfg: ClipConfig, model: ModelConfig) -> list[ClipShape]:
+    """The clips' shapes; `frames` counts video frames here.
+
+    Raises:
+        UsageError: frames that are not 4n + 1, or a size that is not whole in patches.
+    """
+    frames = [model.frames] if cfg.frames is None else as_list(cfg.frames)
+    distinct("frames", frames, "give at least one number of video frames, or null for the model's own")
+    try:
+        strides = Strides.of(model.transformer, model.vae)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(f"model={model.name}: its patches or strides are no numbers ({error})") from None
+    clips = []
+    for n in frames:
+        whole("frames", n, high=100_000)
+        try:
+            clips.append(ClipShape(n, model.height, model.width, strides))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    return clips

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from hcms.hardware import visible_gpus
 from hcms.methods import METHODS
+from hcms.schedule import profile
+from hcms.schedule.cost import ITEMSIZE, Workload
 from hcms.schedule.cut import format_cut, parse_cut
-from hcms_lab.ground.config import Config
+from hcms_lab.ground.checks import as_list, distinct, number, one_of, readable, whole
+from hcms_lab.ground.config import BaseConfig, CasesConfig, Config, LayerConfig, RoundsConfig
 from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.layers import MOST_FRAMES, MOST_OF_A_SIZE, check_heads, check_tokens, check_workload
+from hcms_lab.measure.fits import check_memory, check_pace
 from hcms_lab.measure.peers import PEERS
 
+DTYPES = tuple(ITEMSIZE)
 # Written out so that bad input is refused before torch is imported; a test holds them to kernels.py.
 KERNELS = ("sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "math", "flash-attn", "flash-attn-3", "sage")
-DTYPES = ("float32", "bfloat16", "float16")
+MOST_ROUNDS = 10**6
+MOST_RATIO = 0.95
 LOWEST = "lowest"  # a link.ratio: no pacing, so the ratio that the machine's own exchange has
 EACH = "each"  # of ranks: 2, 4 and 8, as far as there are GPUs for them; CPU ranks may share cores
 PEER = "peer:"  # a method of this prefix is a peer library's, by its adapter's name
@@ -58,14 +64,7 @@ class Point:
         return f"{self.ranks} ranks, {self.seq_len:,} tokens{ratio}, {self.kernel}"
 
 
-def as_list(value: Any) -> list[Any]:
-    """A config value that may be one thing or a list of it."""
-    if value is None:
-        return []
-    return list(value) if hasattr(value, "__iter__") and not isinstance(value, str) else [value]
-
-
-def device_of(cfg: Config) -> str:
+def device_of(cfg: BaseConfig) -> str:
     if cfg.device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device={cfg.device}: choose auto, cpu or cuda")
     if cfg.device == "auto":
@@ -95,114 +94,146 @@ def ranks_of(cfg: Config) -> list[int]:
         return fitting
     wanted = as_list(cfg.ranks) or [max(visible_gpus(), 1) if device == "cuda" else 2]
     for ranks in wanted:
-        _positive("ranks", ranks)
+        whole("ranks", ranks, high=MOST_OF_A_SIZE)
         if device == "cuda" and ranks > visible_gpus():
             raise UsageError(f"ranks={ranks}: only {visible_gpus()} GPUs are visible; give at most that many")
     return wanted
 
 
-def _positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"{name}={value}: give a whole number of at least 1")
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UsageError(f"{name}={value}: choose one of {', '.join(known)}")
-
-
-def _cases(cfg: Config, heads_a_rank: int, ranks: int) -> tuple[Case, ...]:
+def cases_of(
+    methods: list[str],
+    cuts: list[str],
+    heads_a_rank: int,
+    ranks: int,
+    prefetch: int | None = None,
+    first: str = "exchange",
+) -> tuple[Case, ...]:
+    """The cases of these methods, each with its own cut or with every one of `cuts`."""
+    distinct("methods", methods, f"nothing to measure; name at least one of {', '.join(METHODS)}")
+    if cuts:
+        distinct("cuts", cuts)
+    one_of("first", first, ("exchange", "return"))
+    if prefetch is not None:
+        whole("prefetch", prefetch)
     cases: dict[Case, None] = {}
-    for entry in cfg.methods:
+    for entry in methods:
         method, _, own_cut = entry.partition("@")
-        _one_of("methods", method, (*METHODS, *(PEER + name for name in PEERS if method.startswith(PEER))))
+        one_of("methods", method, (*METHODS, *(PEER + name for name in PEERS if method.startswith(PEER))))
         if method in METHODS and METHODS[method].cuts:
-            if not own_cut and not cfg.cuts:
+            if not own_cut and not cuts:
                 raise UsageError(f"cuts=[]: {method} cuts heads; give cuts=[even:2], say, or methods=[{method}@even:2]")
-            for cut in [own_cut] if own_cut else cfg.cuts:
+            for cut in [own_cut] if own_cut else cuts:
                 if cut != "auto":
                     try:
                         cut = format_cut(parse_cut(cut, heads_a_rank))
                     except ValueError as error:
                         raise UsageError(f"cuts={cut} with ranks={ranks}: {error}") from None
-                cases[Case(method, str(cut), cfg.prefetch, cfg.first)] = None
+                cases[Case(method, str(cut), prefetch, first)] = None
         elif own_cut:
             raise UsageError(f"methods={entry}: {method} cuts no heads, so it takes no cut; give methods=[{method}]")
         else:
             cases[Case(method, None)] = None
-    if not cases:
-        raise UsageError(f"methods=[]: nothing to measure; name at least one of {', '.join(METHODS)}")
     return tuple(cases)
 
 
-def points(cfg: Config) -> list[Point]:
-    """The grid of a configuration: ranks x link ratios x kernels x dtypes x frames, checked.
+def check_ranks(ranks: Any) -> None:
+    """Refuse an empty list of ranks, or one that names a count twice; `ranks_of` looks at each."""
+    if ranks is not None:
+        distinct("ranks", as_list(ranks), f"give a number of ranks, a list, or {EACH}")
+
+
+def check_run(cfg: Config) -> None:
+    """Refuse rounds, links, kernels and profiles that no experiment on ranks could use.
+
+    Raises:
+        UsageError: one line on the first such setting.
+    """
+    check_rounds(cfg.bench)
+    whole("bench.seed", cfg.bench.seed, 0)
+    check_ranks(cfg.ranks)
+    if cfg.link.gbps is not None:
+        otherwise = ", or null to derive it from link.ratio"
+        number("link.gbps", cfg.link.gbps, 0, 1e6, above=True, otherwise=otherwise)
+    number("link.latency_us", cfg.link.latency_us, 0, 1e6)
+    if not isinstance(cfg.link.ratio_at, str):
+        whole("link.ratio_at", cfg.link.ratio_at, high=MOST_FRAMES)
+    elif cfg.link.ratio_at not in ("longest", "each"):
+        raise UsageError(f"link.ratio_at={cfg.link.ratio_at}: choose longest, each, or a number of latent frames")
+    ratios = as_list(cfg.link.ratio)
+    distinct("link.ratio", ratios, "give at least one ratio, or link.gbps")
+    for ratio in ratios:
+        # A link so slow that attention is a twentieth of the time shows nothing, and takes hours to show it.
+        if ratio != LOWEST:
+            either = f", which is between 0 and 1, or {LOWEST!r}"
+            number("link.ratio", ratio, 0, MOST_RATIO, above=True, otherwise=either)
+    distinct("kernels", cfg.kernels)
+    for kernel in cfg.kernels:
+        one_of("kernels", kernel, KERNELS)
+    if cfg.profile is not None:
+        advice = "+exp=calibrate writes one, and null measures anew"
+        readable("profile", cfg.profile, advice, at_most_mib=4.0)
+        try:
+            profile.load(cfg.profile)
+        except ValueError as error:
+            why = str(error).removeprefix(f"{cfg.profile}: ")
+            raise UsageError(f"profile={cfg.profile}: {why}") from None
+
+
+def check_rounds(bench: RoundsConfig) -> None:
+    whole("bench.iterations", bench.iterations, high=MOST_ROUNDS)
+    if bench.warmup < 1:
+        raise UsageError(f"bench.warmup={bench.warmup}: give at least 1, since a first call makes buffers")
+    whole("bench.warmup", bench.warmup, high=MOST_ROUNDS)
+
+
+def ratios_of(cfg: Config) -> list[float | None]:
+    """The communication ratios that a checked configuration's link is to be derived from; None derives nothing."""
+    if link_of(cfg) != "emulated" or cfg.link.gbps is not None:
+        return [None]
+    return [None if ratio == LOWEST else ratio for ratio in as_list(cfg.link.ratio)]
+
+
+def points(cfg: LayerConfig) -> list[Point]:
+    """The grid of a configuration: ranks x link ratios x kernels x dtypes x lengths, checked.
+
+    Points have cases where the configuration has methods.
 
     Raises:
         UsageError: anything that could not run, before any rank starts.
     """
     w = cfg.workload
-    for name, value in (("tokens_per_frame", w.tokens_per_frame), ("heads", w.heads), ("head_dim", w.head_dim)):
-        _positive(f"workload.{name}", value)
-    _positive("workload.batch", w.batch)
-    dtypes = as_list(w.dtype)
+    check_workload(w)
+    check_run(cfg)
+    dtypes, frames = as_list(w.dtype), as_list(cfg.latent_frames)
+    distinct("workload.dtype", dtypes)
     for dtype in dtypes:
-        _one_of("workload.dtype", dtype, DTYPES)
-    _one_of("first", cfg.first, ("exchange", "return"))
-    _positive("bench.iterations", cfg.bench.iterations)
-    if cfg.bench.warmup < 1:
-        raise UsageError(f"bench.warmup={cfg.bench.warmup}: give at least 1, since a first call makes buffers")
-    if cfg.prefetch is not None:
-        _positive("prefetch", cfg.prefetch)
-    if cfg.link.gbps is not None and not 0 < cfg.link.gbps < math.inf:
-        raise UsageError(
-            f"link.gbps={cfg.link.gbps}: give a bandwidth above 0 GB/s, or null to derive it from link.ratio"
-        )
-    if not 0 <= cfg.link.latency_us < math.inf:
-        raise UsageError(f"link.latency_us={cfg.link.latency_us}: give 0 or more microseconds")
-    ratios: list[float | None] = [None]
-    if link_of(cfg) == "emulated" and cfg.link.gbps is None:
-        ratios = [None if ratio == LOWEST else ratio for ratio in as_list(cfg.link.ratio)]
-        for ratio in ratios:
-            if ratio is not None and (not isinstance(ratio, int | float) or not 0 < ratio < 1):
-                raise UsageError(f"link.ratio={ratio}: give a ratio between 0 and 1, both excluded, or {LOWEST!r}")
-        if not ratios:
-            raise UsageError("link.ratio=[]: give at least one ratio, or link.gbps")
-    frames = as_list(cfg.frames)
+        one_of("workload.dtype", dtype, DTYPES)
+    distinct("latent_frames", frames)
     for f in frames:
-        _positive("frames", f)
-    if cfg.link.ratio_at not in ("longest", "each"):
-        if not isinstance(cfg.link.ratio_at, int):
-            raise UsageError(f"link.ratio_at={cfg.link.ratio_at}: choose longest, each, or a number of frames")
-        _positive("link.ratio_at", cfg.link.ratio_at)
-    for name, chosen in (("frames", frames), ("kernels", cfg.kernels), ("workload.dtype", dtypes)):
-        if not chosen:
-            raise UsageError(f"{name}=[]: nothing to measure; give at least one")
-    for kernel in cfg.kernels:
-        _one_of("kernels", kernel, KERNELS)
+        whole("latent_frames", f, high=MOST_FRAMES)
+    ratios, device = ratios_of(cfg), device_of(cfg)
     grid: list[Point] = []
     for ranks in ranks_of(cfg):
-        if w.heads % ranks:
-            fitting = [p for p in range(1, w.heads + 1) if w.heads % p == 0]
-            raise UsageError(
-                f"ranks={ranks}: {w.heads} heads cannot be divided among {ranks} ranks; give one of {fitting}"
-            )
+        check_heads(w.heads, ranks)
         if ranks == 1 and any(ratio is not None for ratio in ratios):
             raise UsageError(
                 f"ranks=1: one rank exchanges nothing, so no bandwidth gives link.ratio={cfg.link.ratio}; "
                 "give more ranks, or link.gbps"
             )
-        cases = _cases(cfg, w.heads // ranks, ranks)
-        for ratio in ratios:
-            for kernel, dtype in product(cfg.kernels, dtypes):
-                for f in sorted(frames, reverse=True):  # the longest first: it sets the link
-                    seq_len = f * w.tokens_per_frame
-                    if seq_len % ranks:
-                        raise UsageError(
-                            f"frames={f}: {seq_len} tokens cannot be divided among {ranks} ranks; "
-                            f"{seq_len - seq_len % ranks} or {seq_len - seq_len % ranks + ranks} tokens could"
-                        )
-                    grid.append(
-                        Point(w.name, ranks, f, seq_len, w.heads, w.head_dim, w.batch, dtype, kernel, ratio, cases)
-                    )
+        for f in frames:
+            check_tokens("latent_frames", f, w.tokens_per_frame, ranks)
+        if isinstance(cfg.link.ratio_at, int) and ratios != [None]:
+            check_tokens("link.ratio_at", cfg.link.ratio_at, w.tokens_per_frame, ranks)
+        cases: tuple[Case, ...] = ()
+        if isinstance(cfg, CasesConfig):
+            cases = cases_of(cfg.methods, cfg.cuts, w.heads // ranks, ranks, cfg.prefetch, cfg.first)
+        for ratio, kernel, dtype in product(ratios, cfg.kernels, dtypes):
+            for f in sorted(frames, reverse=True):  # the longest first: it sets the link
+                tokens = f * w.tokens_per_frame
+                grid.append(Point(w.name, ranks, f, tokens, w.heads, w.head_dim, w.batch, dtype, kernel, ratio, cases))
+    for p in grid:
+        layer = Workload(p.seq_len, p.heads, p.ranks, p.head_dim, p.batch, p.dtype)
+        check_memory(layer, f"latent_frames={p.frames}", device)
+        if link_of(cfg) == "emulated":
+            check_pace(layer, cfg.link.gbps, cfg.link.latency_us)
     return grid

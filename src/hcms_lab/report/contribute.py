@@ -122,8 +122,8 @@ def _incomplete(table: pd.DataFrame, cfg: Mapping[str, Any]) -> Iterator[str]:
     if cfg.get("kind") in GATHERING:
         return
     # A clip's configuration counts video frames, its records latent ones as well.
-    frames = "num_frames" if "num_frames" in table else "frames"
-    for option, column in (("ranks", "world_size"), ("kernels", "kernel"), ("frames", frames)):
+    frames = ("frames", "num_frames") if "num_frames" in table else ("latent_frames", "frames")
+    for option, column in (("ranks", "world_size"), ("kernels", "kernel"), frames):
         # `each` and `all` ask for what the machine has.
         absent = set(_listed(cfg.get(option))) - {"each", "all"} - set(table[column].dropna())
         if absent and table[column].notna().any():

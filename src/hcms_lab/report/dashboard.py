@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from hcms_lab.ground.experiments import axis
 from hcms_lab.ground.load import committed_folders, environment, hardware_name, records
 from hcms_lab.ground.paths import ROOT
 from hcms_lab.report import style
 from hcms_lab.report.readme import experiments, results
 from hcms_lab.report.tables import to_markdown
-from hcms_lab.report.wandb_mirror import axis, summary
+from hcms_lab.report.wandb_mirror import summary
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as reports

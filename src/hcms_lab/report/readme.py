@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from hcms_lab.ground import experiments as declared
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.load import committed_folders, committed_runs, environment, hardware_name, records
 from hcms_lab.ground.paths import ROOT
@@ -28,7 +29,7 @@ _MARKED = re.compile(r"(<!-- begin:([\w-]+) -->\n)(.*?)(<!-- end:\2 -->)", re.DO
 
 @dataclass(frozen=True)
 class Experiment:
-    """One `conf/exp/<name>.yaml`: its command and what it shows, from the comments at its top."""
+    """One `conf/exp/<name>.yaml`: its command and what it shows."""
 
     name: str
     command: str
@@ -43,21 +44,7 @@ class Experiment:
 
 def experiments(root: Path = ROOT) -> list[Experiment]:
     """The experiments: figures first, then tables, then the others, each by number."""
-    found = []
-    for path in sorted((root / "conf" / "exp").glob("*.yaml")):
-        comments = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and line[2] != "@"]
-        command = next(
-            (line for line in comments if line.startswith("python")), f"python experiments/run.py +exp={path.stem}"
-        )
-        what = next((line for line in comments if not line.startswith("python")), "")
-        what = re.sub(r"^(?:Figure|Table) \d+: ", "", what)
-        found.append(Experiment(path.stem, command, what[:1].upper() + what[1:]))
-
-    def place(experiment: Experiment) -> tuple[int, int, str]:
-        match = re.fullmatch(r"(fig|table)(\d+)", experiment.name)
-        return (["fig", "table"].index(match[1]), int(match[2]), "") if match else (2, 0, experiment.name)
-
-    return sorted(found, key=place)
+    return [Experiment(e.name, e.command, e.title) for e in declared.experiments(root)]
 
 
 def results(root: Path = ROOT) -> str:
@@ -114,7 +101,7 @@ def hardware(root: Path = ROOT) -> str:
         rows.append(
             {
                 "hardware": hardware_name(folders[0].parent),
-                "link": ", ".join(sorted({str(e["link"]) for e in envs if e.get("link")})),
+                "link": ", ".join(sorted({str(e["link"]) for e in envs if e.get("link") not in (None, "none")})),
                 "ranks": ", ".join(map(str, ranks)),
                 "experiments": ", ".join(
                     f"[{f.parent.name}]({f.parent.relative_to(root).as_posix()})" for f in folders

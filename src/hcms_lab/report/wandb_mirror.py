@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import OmegaConf
 
-from hcms_lab.ground.config import Config
-from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.checks import one_of
+from hcms_lab.ground.config import AXES, WANDB_MODES, BaseConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,18 +39,10 @@ if TYPE_CHECKING:
 # Every time, share and speedup that a record holds is logged, and these; shapes and settings are not.
 _METRICS = ("hidden_fraction", "peak_mem_gib", "max_abs_err", "bitwise_equal", "ok")
 _METRIC_ENDS = ("_ms", "_share", "_speedup", "_vs_ulysses", "_vs_ring")
-MODES = ("offline", "online", "disabled")
-AXES = ("seq_len", "comm_ratio", "world_size", "chunks")
-_AXIS_OF = {"fig2": "chunks", "fig4": "world_size", "fig5": "comm_ratio", "fig8": "comm_ratio"}  # others: seq_len
 
 PENDING = "upload-pending"  # beside the runs of a folder: an online run that W&B has only in part
 REACH_TIMEOUT_S = 10.0
 FINISH_TIMEOUT_S = 120.0  # an upload that takes longer is left to `make sync`
-
-
-def axis(exp: str) -> str:
-    """The step metric of an experiment, one of `AXES`."""
-    return _AXIS_OF.get(exp, "seq_len")
 
 
 class Mirror:
@@ -72,19 +64,18 @@ class Mirror:
     def __init__(
         self,
         folder: Path,
-        cfg: Config,
+        cfg: BaseConfig,
         env: Mapping[str, Any],
         *,
         source: Literal["measured", "predicted"] = "measured",
     ) -> None:
-        if cfg.wandb.mode not in MODES:
-            raise UsageError(f"wandb.mode={cfg.wandb.mode}: choose {', '.join(MODES[:-1])} or {MODES[-1]}")
+        one_of("wandb.mode", cfg.wandb.mode, WANDB_MODES)
         self.folder = folder
         self.exp = str(cfg.name)
         self._cfg = cfg
         self._env = env
         self._source = source
-        self._axis = axis(self.exp)
+        self._axis = str(cfg.about.axis)
         self._offset = 0  # bytes of records.jsonl that are mirrored
         self._run: Any = None
         self._lock = threading.Lock()

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.model_config import ModelConfig, check_model
+
+PIPELINES = {"WanPipeline": "t2v", "WanImageToVideoPipeline": "i2v"}  # diffusers' name, our task
 PARTS = ("transformer", "vae", "text_encoder")
 
 
@@ -26,6 +32,41 @@ def refusal(folder: Path) -> str | None:
         if not (folder / part / "config.json").is_file():
             return f"{part}/ holds no config.json"
     return None
+
+
+def as_saved(model: ModelConfig, folder: Path) -> ModelConfig:
+    """The model that a folder holds, by its own configuration files.
+
+    Raises:
+        UsageError: no whole pipeline, another one than Wan's, or files that say nothing a model could be built of.
+    """
+    if why := refusal(folder):
+        raise UsageError(f"weights_path={folder}: {why}")
+    index = json.loads((folder / "model_index.json").read_text())
+    if index["_class_name"] not in PIPELINES:
+        raise UsageError(
+            f"weights_path={folder}: it holds a {index['_class_name']}; give one of {', '.join(PIPELINES)}"
+        )
+
+    def part(name: str) -> dict[str, Any]:
+        saved = json.loads((folder / name / "config.json").read_text())
+        return {k: v for k, v in saved.items() if not k.startswith("_")}
+
+    try:
+        second = (index.get("transformer_2") or [None])[0] is not None
+        found = replace(
+            model,
+            task=PIPELINES[index["_class_name"]],
+            experts=2 if second else 1,
+            boundary_ratio=index.get("boundary_ratio"),
+            expand_timesteps=bool(index.get("expand_timesteps", False)),
+            transformer=part("transformer"),
+            vae=part("vae"),
+        )
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise UsageError(f"weights_path={folder}: its configuration files cannot be read ({error})") from None
+    check_model(found)
+    return found
 
 
 def hub_refusal(name: str) -> str | None:

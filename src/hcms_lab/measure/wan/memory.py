@@ -7,7 +7,6 @@ run without memory, and every tensor that is alive is added up. What the allocat
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import torch
@@ -84,17 +83,6 @@ def rank_counts(
             )
         )
     return found
-
-
-def available_bytes(device: str, ranks: int) -> float:
-    """Memory a rank: a GPU's own, or this host's free memory shared by the ranks that it would carry."""
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            return inf  # a torch without CUDA cannot tell; the ranks will say so
-        return float(torch.cuda.get_device_properties(0).total_memory)
-    import psutil
-
-    return psutil.virtual_memory().available / ranks
 
 
 def _bytes(module: nn.Module) -> float:
