@@ -303,7 +303,8 @@ def test_a_warm_call_allocates_the_output_and_what_the_kernel_needs(group: dist.
     for _ in range(3):
         attention(*inputs)
     whole = allocations(lambda: attention(*inputs))
-    schedule, program = attention.layer(*inputs)
+    layer = attention.layer(*inputs)
+    schedule, program = layer.schedule, layer.program
     assert isinstance(program, UlyssesProgram)
     chunks = range(len(schedule.cut))
     exchange = program._exchange

@@ -159,7 +159,7 @@ def warm_allocations(place: Place, method: str, plan: str, batch: int, own_kerne
         assert schedule is not None
         kernel_alone = []
         if own_kernel and method != "ring":
-            exchange = attention.layer(*inputs)[1]._exchange  # pyright: ignore[reportAttributeAccessIssue]
+            exchange = attention.layer(*inputs).program._exchange  # pyright: ignore[reportAttributeAccessIssue]
             for chunk in range(len(schedule.cut)):
                 kernel_alone += [
                     n for n in allocations(lambda c=chunk: attention.kernel.attend(*exchange.chunk_qkv(c))) if n > 0

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +19,8 @@ from hcms.kernels import Kernel, kernel, rows_stand_alone
 from hcms.lanes import Lanes
 from hcms.lanes.cpu import CpuLanes
 from hcms.lanes.cuda import CudaLanes
-from hcms.links import emulated
+from hcms.lanes.graph import CallGraphs
+from hcms.links import emulated, ghost
 from hcms.methods import build_schedule, method
 from hcms.programs.ring import RingProgram
 from hcms.programs.ulysses import UlyssesProgram
@@ -26,6 +30,15 @@ from hcms.schedule.profile import Profile, load
 from hcms.schedule.schedule import COMM, COMM_OUT, First, Schedule
 from hcms.schedule.timeline import Timeline
 from hcms.transport.layout import HeadExchange, LayerShape
+
+
+@dataclass
+class _Layer:
+    """What one shape of inputs needs, made at its first call."""
+
+    schedule: Schedule
+    program: UlyssesProgram | RingProgram
+    graphs: CallGraphs | None = None
 
 
 class SequenceParallelAttention:
@@ -50,6 +63,8 @@ class SequenceParallelAttention:
         kernel: a name from `hcms.kernels.KERNELS`.
         prefetch, first: see `two_lane`.
         profile: for `plan="auto"`, a profile or its path; measured on the first call of a shape if None.
+        graph: `auto` captures a repeated shape's whole call on CUDA once and replays it (`hcms.lanes.graph`); `off`
+            issues every call anew. A call inside a caller's own capture, or one whose timeline is recorded, is issued.
         record_timeline: keep the last call's measured Timeline in `timeline` (on CUDA this synchronises).
 
     Raises:
@@ -68,6 +83,7 @@ class SequenceParallelAttention:
         prefetch: int | None = None,
         first: First = "exchange",
         profile: str | Path | Profile | None = None,
+        graph: Literal["auto", "off"] = "off",
         record_timeline: bool = False,
     ) -> None:
         self.group = group if group is not None else _default_group()
@@ -79,27 +95,53 @@ class SequenceParallelAttention:
             raise ValueError(f"{method} needs a kernel that gives its log-sum-exp; {kernel!r} does not")
         self._order: dict[str, Any] = {"prefetch": prefetch, "first": first}
         self._profile = profile
+        if graph not in ("auto", "off"):
+            raise ValueError(f"graph={graph!r}: choose auto or off")
+        self.graph = graph
         self.record_timeline = record_timeline
         self.timeline: Timeline | None = None
         self.schedule: Schedule | None = None  # of the last call
         self.plan_reason: str | None = None
         self.predicted_ms: float | None = None
+        self.replayed = False  # whether the last call was a graph's replay
         self._lanes: Lanes | None = None
-        self._layers: dict[Any, tuple[Schedule, UlyssesProgram | RingProgram]] = {}
+        self._layers: dict[Any, _Layer] = {}
 
     def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
-        schedule, program = self.layer(q_BLNH, k_BLNH, v_BLNH)
-        assert self._lanes is not None
-        self.schedule = schedule
+        layer = self.layer(q_BLNH, k_BLNH, v_BLNH)
+        self.schedule, self.replayed = layer.schedule, False
+        if self.graph == "auto" and q_BLNH.is_cuda and not (self.record_timeline or self._captured_by_caller()):
+            if layer.graphs is None:
+                layer.graphs = CallGraphs(partial(self._call, layer))
+            out_BLNH = layer.graphs(q_BLNH, k_BLNH, v_BLNH)
+            if out_BLNH is not None:
+                self.replayed = True
+                return out_BLNH
         out_BLNH = torch.empty(q_BLNH.shape, dtype=q_BLNH.dtype, device=q_BLNH.device)
-        program.bind(q_BLNH, k_BLNH, v_BLNH, out_BLNH)
-        try:
-            self.timeline = self._lanes.run(schedule, program, record=self.record_timeline)
-        finally:
-            program.release()
+        self._call(layer, q_BLNH, k_BLNH, v_BLNH, out_BLNH)
         return out_BLNH
 
-    def layer(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> tuple[Schedule, UlyssesProgram | RingProgram]:
+    def _call(self, layer: _Layer, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, out_BLNH: Tensor) -> None:
+        assert self._lanes is not None
+        layer.program.bind(q_BLNH, k_BLNH, v_BLNH, out_BLNH)
+        try:
+            self.timeline = self._lanes.run(layer.schedule, layer.program, record=self.record_timeline)
+        finally:
+            layer.program.release()
+
+    @staticmethod
+    def _captured_by_caller() -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    @property
+    def path(self) -> str:
+        """How the last call ran: `graph`, or `eager` with the reason where a graph was asked for."""
+        if self.replayed:
+            return "graph"
+        refusals = {layer.graphs.refusal for layer in self._layers.values() if layer.graphs and layer.graphs.refusal}
+        return f"eager ({min(refusals)})" if refusals else "eager"
+
+    def layer(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> _Layer:
         """The schedule and buffers for inputs of this shape, made at the first call (collective) and kept."""
         self._check(q_BLNH, k_BLNH, v_BLNH)
         key = (q_BLNH.shape, q_BLNH.dtype, q_BLNH.device)
@@ -114,12 +156,12 @@ class SequenceParallelAttention:
     @property
     def buffer_bytes(self) -> int:
         """Bytes of all owned exchange buffers on this rank."""
-        return sum(program.nbytes for _, program in self._layers.values())
+        return sum(layer.program.nbytes for layer in self._layers.values())
 
     def poison(self) -> None:
         """Fill all owned buffers with NaN: a benchmark's guard against results left over from an earlier call."""
-        for _, program in self._layers.values():
-            program.poison()
+        for layer in self._layers.values():
+            layer.program.poison()
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
@@ -133,7 +175,7 @@ class SequenceParallelAttention:
         if self._method.program != "ring" and q.shape[2] % self.ranks:
             raise ValueError(f"{q.shape[2]} heads cannot be divided among {self.ranks} ranks")
 
-    def _make_layer(self, q_BLNH: Tensor) -> tuple[Schedule, UlyssesProgram | RingProgram]:
+    def _make_layer(self, q_BLNH: Tensor) -> _Layer:
         B, L, N, H = q_BLNH.shape
         shape = LayerShape(B, L, N, H)
         dtype, device = q_BLNH.dtype, q_BLNH.device
@@ -148,7 +190,7 @@ class SequenceParallelAttention:
             self._lanes = self._make_lanes(device)
         if self._method.program == "ring":
             rank = dist.get_rank(self.group)
-            return schedule, RingProgram(self.ranks, rank, shape, dtype, device, self.kernel)
+            return _Layer(schedule, RingProgram(self.ranks, rank, shape, dtype, device, self.kernel))
         self._refuse_uneven_bits(schedule, shape, dtype, device)
         exchange = HeadExchange(
             schedule,
@@ -161,7 +203,7 @@ class SequenceParallelAttention:
             # Gloo has no all-to-all that leaves a share out; there the copy takes no core from anyone.
             own_apart=schedule.copies_apart and not heads_first,
         )
-        return schedule, UlyssesProgram(exchange, self.kernel)
+        return _Layer(schedule, UlyssesProgram(exchange, self.kernel))
 
     def _refuse_uneven_bits(
         self, schedule: Schedule, shape: LayerShape, dtype: torch.dtype, device: torch.device
@@ -176,14 +218,13 @@ class SequenceParallelAttention:
             token = torch.arange(P * L, device=device) % L  # a token's place among its rank's
             rows = [((L * i // parts <= token) & (token < L * (i + 1) // parts)).nonzero()[:, 0] for i in range(parts)]
 
-            def drawn(size: tuple[int, ...] = size) -> list[Tensor]:
-                return [
-                    torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype) for _ in "qkv"
-                ]
+            def drawn(size: tuple[int, ...] = size) -> Iterator[Tensor]:
+                for _ in "qkv":
+                    yield torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
             # A rounding that differs shows in few elements of half precision: small layers are drawn more often.
             draws = max(1, _ELEMENTS_TRIED // math.prod(size))
-            if not all(rows_stand_alone(self.kernel, *drawn(), rows) for _ in range(draws)):
+            if not all(rows_stand_alone(self.kernel, list(drawn()), rows) for _ in range(draws)):
                 raise ValueError(
                     f"kernel {self.kernel.name!r} rounds rows of a chunk of {m} heads otherwise in {parts} parts than "
                     f"in one, at {P * L} tokens: results would not be Ulysses' bit for bit; choose a cut without parts"
@@ -218,6 +259,8 @@ class SequenceParallelAttention:
     def _make_lanes(self, device: torch.device) -> Lanes:
         backend = _backend(self.group, device.type)
         if device.type == "cuda":
+            if backend == ghost.NAME:  # its works have no communicator: each lane's go on streams of their own
+                return CudaLanes(device, self.group, dict.fromkeys(self._method.lanes, self.group))
             if backend != "nccl":
                 raise RuntimeError(f"tensors on {device} need an NCCL group, this one is {backend!r}")
             lanes = self._method.lanes

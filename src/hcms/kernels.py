@@ -181,12 +181,13 @@ def kernel(name: str) -> Kernel:
     return KERNELS[name]
 
 
-def rows_stand_alone(kernel: Kernel, q_BSmH: Tensor, k_BTmH: Tensor, v_BTmH: Tensor, rows: list[Tensor]) -> bool:
+def rows_stand_alone(kernel: Kernel, qkv: list[Tensor], rows: list[Tensor]) -> bool:
     """Whether a kernel gives each of these sets of query rows the same bits alone as among all rows.
 
     No kernel promises it: one that chooses its blocks by the number of rows may round otherwise. So it is tried, on the
     very sizes that are asked for.
     """
+    q_BSmH, k_BTmH, v_BTmH = qkv
     whole = kernel.attend(q_BSmH, k_BTmH, v_BTmH)
     return all(torch.equal(kernel.attend(q_BSmH[:, some], k_BTmH, v_BTmH), whole[:, some]) for some in rows)
 

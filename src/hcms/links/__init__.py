@@ -1,1 +1,64 @@
-"""Links that stand in where there is none: each is a c10d backend, so that methods and peers run over it unchanged."""
+"""What carries exchanges: the real link, or one that stands in where there is none.
+
+A link is one file here that holds a `LINK`; nothing else lists links. Each makes a c10d group, so that methods and
+peers run over it unchanged. What stands in says so: records name their link, and no column mixes two.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+    Start = Callable[[int, int, torch.device, timedelta], dist.ProcessGroup]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link by name.
+
+    Args:
+        name: as `link.kind` and records name it.
+        summary: what of it is real and what is not, in a line.
+        devices: device types that it connects.
+        processes: `each` rank is one, or `one` process is one rank of P and stands for all.
+        evidence: what a measurement over it can show: `hardware`, `one card`, or `mechanism`.
+        paced: whether a bandwidth or a communication ratio can be set.
+        start: `(rank, ranks, device, timeout) -> control group`: makes the default process group, and returns one for
+            barriers and gathered results, never for what is measured.
+    """
+
+    name: str
+    summary: str
+    devices: tuple[str, ...]
+    processes: Literal["each", "one"]
+    evidence: Literal["hardware", "one card", "mechanism"]
+    paced: bool
+    start: Start
+
+
+@cache
+def links() -> dict[str, Link]:
+    """Every link by its name. Imports torch."""
+    modules = (import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
+    made: list[Link] = [module.LINK for module in modules if hasattr(module, "LINK")]
+    return {link.name: link for link in made}
+
+
+def link(name: str) -> Link:
+    """The link of that name.
+
+    Raises:
+        ValueError: no such link; the message lists those that there are.
+    """
+    if name not in links():
+        raise ValueError(f"unknown link {name!r}: choose one of {', '.join(links())}")
+    return links()[name]

@@ -28,6 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from hcms.links import Link
+
 NAME = "emulated"
 _HEADER_TAG = 1 << 20  # keeps a header of send / recv apart from its payload
 
@@ -216,3 +218,14 @@ def _create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Emul
 
 if NAME not in dist.Backend.backend_list:
     dist.Backend.register_backend(NAME, _create, devices=["cpu"])
+
+
+def start(rank: int, ranks: int, device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
+    """The default group over this backend; a Gloo group for control."""
+    dist.init_process_group(NAME, rank=rank, world_size=ranks, timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(control, dist.ProcessGroup)
+    return control
+
+
+LINK = Link(NAME, "ranks, exchange and results are real; the pace is set", ("cpu",), "each", "mechanism", True, start)

@@ -1,0 +1,24 @@
+"""The link that there is: NCCL between GPUs, Gloo between CPUs."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from hcms.links import Link
+
+
+def start(rank: int, ranks: int, device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
+    """The default group over the device's own backend; a Gloo group for control."""
+    if device.type == "cuda":
+        dist.init_process_group("nccl", rank=rank, world_size=ranks, timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(control, dist.ProcessGroup)
+    return control
+
+
+LINK = Link("native", "the machine's own link", ("cuda", "cpu"), "each", "hardware", False, start)
