@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from by_hand import ring_speedup
 from hcms.schedule.cost import IdealCosts, predict
 from hcms.schedule.schedule import serial, two_lane
 from hcms_lab.ground.errors import UsageError
@@ -31,7 +32,7 @@ from hcms_lab.report.claims import (
     correlation_of_gains,
     table1,
 )
-from hcms_lab.report.closed_form import ring_speedup, speedup_limit
+from hcms_lab.report.closed_form import speedup_limit
 from hcms_lab.report.figures import FIGURES, TABLES
 from made_runs import make_run, script
 

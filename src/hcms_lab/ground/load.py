@@ -19,7 +19,6 @@ __all__ = [
     "COLUMNS",
     "ROOT",
     "SCHEMAS",
-    "committed",
     "committed_runs",
     "config",
     "environment",
@@ -134,11 +133,6 @@ def committed_folders(exp: str, root: Path = ROOT) -> dict[str, Path]:
     """Folders of the committed reference runs of an experiment by hardware slug, in the slugs' order."""
     files = sorted((root / "paper_tables" / "records").glob(f"*/{exp}/records.jsonl"))
     return {file.parent.parent.name: file.parent for file in files}
-
-
-def committed(exp: str, root: Path = ROOT) -> dict[str, pd.DataFrame]:
-    """Records of the committed reference runs of an experiment by hardware slug; {} where there is none."""
-    return {slug: records(folder) for slug, folder in committed_folders(exp, root).items()}
 
 
 def committed_runs(exp: str, root: Path = ROOT) -> list[pd.DataFrame]:
