@@ -6,7 +6,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.made-for
-EXTRAS := dev,wan,dashboard
+EXTRAS := dev
 ARGS ?=
 
 # The first interpreter that is new enough; the pins were made with 3.11.

@@ -28,8 +28,8 @@ def validate(cfg: Config) -> None:
 def run(cfg: Config, folder: Path) -> bool:
     """Calibrate at every length, settle the link at the longest, and write the profile."""
     from hcms.schedule.profile import load
+    from hcms_lab.measure.job import Job
     from hcms_lab.measure.launch import launch
-    from hcms_lab.measure.measure import Job
 
     device, link, grid = device_of(cfg), link_of(cfg), points(cfg)
     ranks = grid[0].ranks

@@ -59,8 +59,8 @@ def run(cfg: Config, folder: Path) -> bool:
     again = {_key(point) for point in todo}
     file.drop(lambda record: _key_of(record) in again)  # first: the W&B mirror reads the file from its first second on
 
+    from hcms_lab.measure.job import Job
     from hcms_lab.measure.launch import launch
-    from hcms_lab.measure.measure import Job
 
     device, link = device_of(cfg), link_of(cfg)
     slug = hardware(device).slug

@@ -54,7 +54,7 @@ def validate(cfg: Config) -> None:
             if refusal := clip.refusal(ranks):
                 raise UsageError(refusal)
     if missing := [name for name in NEEDS if find_spec(name) is None]:
-        raise UsageError(f"{cfg.name} needs {', '.join(missing)}: pip install -e '.[wan]'")
+        raise UsageError(f"{cfg.name} needs {', '.join(missing)}: pip install -e '.[lab]'")
     _check_kernel(cfg, model)
     if source is not None and not Path(source).is_dir():
         _check_hub(source)
@@ -68,8 +68,8 @@ def run(cfg: Config, folder: Path | None) -> bool:
     if cfg.dry:
         return dry_run(cfg, model)
     assert folder is not None
+    from hcms_lab.measure.job import Job
     from hcms_lab.measure.launch import launch
-    from hcms_lab.measure.measure import Job
     from hcms_lab.measure.wan.clips import ClipJob
 
     device, link = device_of(cfg), link_of(cfg)

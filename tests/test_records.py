@@ -22,7 +22,8 @@ from hcms_lab.ground.records import SCHEMA, Record, RecordFile
 from hcms_lab.measure import measure
 from hcms_lab.measure.cases import Case, Point
 from hcms_lab.measure.environment import VARIABLES, environment
-from hcms_lab.measure.measure import Job, measure_point
+from hcms_lab.measure.job import Job
+from hcms_lab.measure.measure import measure_point
 from ranks import Place, on_ranks
 
 FIXED_NAMES = [

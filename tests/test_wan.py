@@ -20,7 +20,7 @@ from hcms_lab.ground.clip_record import ClipRecord, against_ulysses
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.records import RecordFile
 
-pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[wan]'")
+pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[diffusers]'")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 run, wan, one_gpu = import_module("run"), import_module("wan"), import_module("hcms_lab.measure.wan.one_gpu")
 breakdown = import_module("hcms_lab.measure.wan.breakdown")

@@ -24,7 +24,7 @@ from hcms_lab.ground.model_config import ModelConfig
 from hcms_lab.ground.records import RecordFile
 from ranks import Collectives, Place, on_ranks
 
-diffusers = pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[wan]'")
+diffusers = pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[diffusers]'")
 
 PARTS = pytest.importorskip("hcms_lab.measure.wan.breakdown").PARTS
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hcms.agreement import firsts
 from hcms.calibrate import calibrate
 from hcms.hardware import hardware
 from hcms.kernels import Kernel, kernel, rows_stand_alone
@@ -250,9 +251,7 @@ class SequenceParallelAttention:
         workload = Workload(
             shape.local_tokens * self.ranks, shape.heads, self.ranks, shape.head_dim, shape.batch, profile.dtype
         )
-        choices = [choose(WorkloadCosts(profile, workload), shape.heads, self.ranks)]
-        dist.broadcast_object_list(choices, src=dist.get_global_rank(self.group, 0), group=self.group)
-        choice = choices[0]
+        choice = firsts(choose(WorkloadCosts(profile, workload), shape.heads, self.ranks), self.group)
         self.plan_reason, self.predicted_ms = choice.reason, choice.predicted_ms
         return choice.schedule()
 

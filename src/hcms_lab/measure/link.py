@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,10 +12,9 @@ from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.cases import Case, Point
 from hcms_lab.measure.contestant import contestant
 from hcms_lab.measure.inputs import shard
+from hcms_lab.measure.job import Job
 from hcms_lab.measure.launch import Rank
-
-if TYPE_CHECKING:
-    from hcms_lab.measure.measure import Job
+from hcms_lab.measure.together import gathered, timed_call
 
 _CALLS = 5
 _ROUNDS = 3
@@ -58,8 +56,6 @@ def ulysses_bytes(point: Point) -> int:
 
 def _derive_gbps(rank: Rank, job: Job, point: Point, ratio: float) -> float:
     """Measure serial Ulysses, correct the link by what is missing from the wanted ratio, and measure again."""
-    from hcms_lab.measure.measure import gathered, timed_call
-
     if point.ranks == 1:
         raise UsageError("link.ratio: one rank exchanges nothing, so it has no communication ratio; give link.gbps")
     inputs = {f"{name}_BLNH": x for name, x in shard(point, job.seed, 0, rank.rank, rank.device).items()}

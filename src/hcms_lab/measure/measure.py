@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,80 +16,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hcms.calibrate import calibrate
-from hcms.hardware import cores, hardware
 from hcms.kernels import kernel
 from hcms.schedule.cost import Workload, WorkloadCosts, predict
 from hcms.schedule.profile import Profile, load
 from hcms.schedule.schedule import Schedule
 from hcms.schedule.timeline import Timeline
 from hcms.transport.layout import LayerShape
-from hcms_lab.ground.config import Config
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.records import Record, RecordFile
-from hcms_lab.measure.cases import PEER, Case, Point, device_of, link_of
+from hcms_lab.measure.cases import PEER, Case, Point
 from hcms_lab.measure.contestant import Contestant, contestant
 from hcms_lab.measure.inputs import SETS, Reference, reference, shard
+from hcms_lab.measure.job import Job
 from hcms_lab.measure.launch import Rank
 from hcms_lab.measure.link import settle
 from hcms_lab.measure.memory import peak_bytes
+from hcms_lab.measure.together import gathered, timed_call
 
 ULYSSES = Case("ulysses", None)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every rank of one launch needs to know.
-
-    Args:
-        exp, hardware: go into every record.
-        link: emulated or native; `gbps` fixes an emulated link's bandwidth, else each point's ratio does.
-        ratio_at: `longest` derives it once a ratio, at the first point that has it, and a number at so many frames;
-            `each`, at every point.
-        gbps_of_ratio: bandwidths derived in the run that this one resumes.
-        profile: a profile's path, for predictions and cuts that are "auto"; measured at each point where None.
-        predict: whether records say what the simulator predicted.
-        ranks_per_core: where ranks share cores, records say so.
-        sweeps: several rank counts or link ratios are wanted: one that is out of reach is a refused row, not an error.
-    """
-
-    exp: str
-    hardware: str
-    link: str
-    gbps: float | None
-    latency_us: float
-    ratio_at: str | int
-    iterations: int
-    warmup: int
-    seed: int
-    profile: str | None
-    predict: bool
-    ranks_per_core: float | None
-    points: tuple[Point, ...]
-    folder: str
-    gbps_of_ratio: Mapping[float, float] = field(default_factory=dict)
-    sweeps: bool = False
-
-    @classmethod
-    def of(cls, cfg: Config, ranks: int, points: tuple[Point, ...], folder: Path, **changes: Any) -> Job:
-        """The job of a checked configuration on so many ranks."""
-        device = device_of(cfg)
-        fields: dict[str, Any] = {
-            "exp": cfg.name,
-            "hardware": hardware(device).slug,
-            "link": link_of(cfg),
-            "gbps": cfg.link.gbps,
-            "latency_us": cfg.link.latency_us,
-            "ratio_at": cfg.link.ratio_at,
-            "iterations": cfg.bench.iterations,
-            "warmup": cfg.bench.warmup,
-            "seed": cfg.bench.seed,
-            "profile": cfg.profile,
-            "predict": cfg.bench.predict,
-            "ranks_per_core": max(1.0, ranks / cores()) if device == "cpu" else None,
-            "points": points,
-            "folder": str(folder),
-        }
-        return cls(**{**fields, **changes})
 
 
 @dataclass
@@ -159,28 +102,6 @@ def _record(job: Job, point: Point, case: Case, **fields: Any) -> Record:
 def _refused(job: Job, point: Point, case: Case, why: str) -> Record:
     """A point of a sweep that this machine cannot offer is a row, not the end of the sweep."""
     return _record(job, point, case, status="refused", error=why)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed_call(rank: Rank, call: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """One call after a barrier, in ms until its result is on the device. The barrier is outside the clock."""
-    synchronize(rank.device)
-    dist.barrier(rank.control)
-    began_s = perf_counter()
-    out = call()
-    synchronize(rank.device)
-    return out, (perf_counter() - began_s) * 1e3
-
-
-def gathered(rank: Rank, value: Any) -> list[Any]:
-    """`value` of every rank, on every rank, over the control group."""
-    values: list[Any] = [None] * rank.ranks
-    dist.all_gather_object(values, value, group=rank.control)
-    return values
 
 
 def measure_point(rank: Rank, job: Job, point: Point, gbps: float | None, tick: Callable[[str], None]) -> list[Record]:

@@ -27,9 +27,10 @@ from hcms_lab.ground.clip_record import ClipRecord, against_ulysses, of_clip
 from hcms_lab.ground.model_config import ModelConfig
 from hcms_lab.ground.records import RecordFile
 from hcms_lab.measure.cases import Case, Point
+from hcms_lab.measure.job import Job
 from hcms_lab.measure.launch import Rank
 from hcms_lab.measure.link import settle
-from hcms_lab.measure.measure import Job, gathered
+from hcms_lab.measure.together import gathered
 from hcms_lab.measure.wan import build
 from hcms_lab.measure.wan.breakdown import DENOISING, PARTS, Breakdown
 
