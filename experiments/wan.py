@@ -19,10 +19,10 @@ from hcms.schedule.cut import format_cut, parse_cut
 from hcms_lab.ground.config import Config
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.model_config import ModelConfig
+from hcms_lab.ground.names import KERNELS
 from hcms_lab.ground.records import RecordFile, derived_gbps
 from hcms_lab.measure.cases import (
     DTYPES,
-    KERNELS,
     Case,
     Point,
     as_list,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hcms.kernels import HALF, KERNELS, attend_full, kernel
+from hcms_lab.ground import names
 from hcms_lab.measure import cases
 
 HERE = [name for name, k in KERNELS.items() if k.refusal(torch.float32, 64, "cpu") is None]
@@ -93,8 +94,8 @@ def test_every_kernel_has_its_name() -> None:
 
 
 def test_configurations_know_the_same_names() -> None:
-    """`hcms_lab.measure.cases` writes them out, so that bad input is refused before torch is imported."""
-    assert tuple(KERNELS) == cases.KERNELS
+    """The laboratory writes them out, so that bad input is refused before torch is imported."""
+    assert tuple(KERNELS) == names.KERNELS
     assert {getattr(torch, name) for name in cases.DTYPES} == set(DTYPES)
 
 

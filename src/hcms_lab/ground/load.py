@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 
 from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.names import peer_kind_by_name
 from hcms_lab.ground.paths import ROOT
 from hcms_lab.ground.records import SCHEMA, Record
 
@@ -78,6 +79,8 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Rows of records as a DataFrame with the columns and types that `records` promises."""
     table = pd.DataFrame(rows)
     table = table.reindex(columns=[*COLUMNS, *(c for c in table.columns if c not in COLUMNS)])
+    kinds = table["method"].map(peer_kind_by_name, na_action="ignore")
+    table["peer_kind"] = table["peer_kind"].where(table["peer_kind"].notna(), kinds)
     for column, kind in _FIELDS.items():
         if kind.startswith(("int", "float")):
             table[column] = pd.to_numeric(table[column])

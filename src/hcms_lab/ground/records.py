@@ -64,6 +64,7 @@ class Record:
     plan_reason: str | None = None
     ranks_per_core: float | None = None
     version: str | None = None  # of a peer
+    peer_kind: str | None = None  # ulysses | ring | other
     tflops: float | None = None  # of a kernel by itself
     gbps: float | None = None  # of a copy or a collective by itself, bytes read and written over time
     share_of_best: float | None = None  # of a kernel's rate at the most heads, or of a copy's ceiling

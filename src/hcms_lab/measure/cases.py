@@ -12,14 +12,12 @@ from hcms.methods import METHODS
 from hcms.schedule.cut import format_cut, parse_cut
 from hcms_lab.ground.config import Config
 from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.names import KERNELS, PEER, PeerKind
 from hcms_lab.measure.peers import PEERS
 
-# Written out so that bad input is refused before torch is imported; a test holds them to kernels.py.
-KERNELS = ("sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "math", "flash-attn", "flash-attn-3", "sage")
 DTYPES = ("float32", "bfloat16", "float16")
 LOWEST = "lowest"  # a link.ratio: no pacing, so the ratio that the machine's own exchange has
 EACH = "each"  # of ranks: 2, 4 and 8, as far as there are GPUs for them; CPU ranks may share cores
-PEER = "peer:"  # a method of this prefix is a peer library's, by its adapter's name
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,11 @@ class Case:
     cut: str | None
     prefetch: int | None = None
     first: str = "exchange"
+
+    @property
+    def peer_kind(self) -> PeerKind | None:
+        """What a peer says that it is; None of a method of ours."""
+        return PEERS[self.method.removeprefix(PEER)].kind if self.method.startswith(PEER) else None
 
 
 @dataclass(frozen=True)

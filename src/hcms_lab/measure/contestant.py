@@ -12,7 +12,8 @@ from hcms.schedule.cut import format_cut
 from hcms.schedule.profile import Profile
 from hcms.schedule.schedule import Schedule
 from hcms.schedule.timeline import Timeline
-from hcms_lab.measure.cases import PEER, Case
+from hcms_lab.ground.names import PEER
+from hcms_lab.measure.cases import Case
 
 
 class Contestant(Protocol):

@@ -23,8 +23,9 @@ from hcms.schedule.schedule import Schedule
 from hcms.schedule.timeline import Timeline
 from hcms.transport.layout import LayerShape
 from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.names import PEER
 from hcms_lab.ground.records import Record, RecordFile
-from hcms_lab.measure.cases import PEER, Case, Point
+from hcms_lab.measure.cases import Case, Point
 from hcms_lab.measure.contestant import Contestant, contestant
 from hcms_lab.measure.inputs import SETS, Reference, reference, shard
 from hcms_lab.measure.job import Job
@@ -83,6 +84,7 @@ def _record(job: Job, point: Point, case: Case, **fields: Any) -> Record:
         link_ratio=point.link_ratio,
         world_size=point.ranks,
         method=case.method,
+        peer_kind=case.peer_kind,
         kernel=point.kernel,
         dtype=point.dtype,
         batch=point.batch,
