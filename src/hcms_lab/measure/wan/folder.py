@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 PARTS = ("transformer", "vae", "text_encoder")
 
@@ -30,15 +28,12 @@ def refusal(folder: Path) -> str | None:
 
 def hub_refusal(name: str) -> str | None:
     """Why the hub does not give a pipeline of that name, in a few words; asks the local cache first, then once."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import file_exists, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(name, "model_index.json"), str):
+    index = "model_index.json"
+    if isinstance(try_to_load_from_cache(name, index), str):
         return None
-    asked = Request(f"{constants.ENDPOINT}/{name}/resolve/main/model_index.json", method="HEAD")
     try:
-        urlopen(asked, timeout=10).close()
-    except HTTPError as error:
-        return f"{error.code} {error.reason}"
-    except OSError as error:
-        return str(getattr(error, "reason", error))
-    return None
+        return None if file_exists(name, index) else f"no {index} under that name"
+    except Exception as error:  # huggingface_hub's own, or one of the HTTP client that its release stands on
+        return str(error).splitlines()[0]
