@@ -1,4 +1,4 @@
-"""T0. The catalogue, advice without hardware, and `+exp=advise`."""
+"""The catalogue, advice without hardware, and `+exp=advise`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from hcms.schedule.advice import DO_NOT, LITTLE, USE, advise, verdict
 from hcms.schedule.catalogue import Number
 from hcms.schedule.cost import Workload, WorkloadCosts
 from hcms.schedule.profile import TILE_ROWS
+
+pytestmark = pytest.mark.t0
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT, LONG = 32_400, 57_600  # tokens: 9 and 16 latent frames of 720p

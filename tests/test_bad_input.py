@@ -1,4 +1,4 @@
-"""T0. Bad input gets one line that names the option, its value and what would do; status 2; nothing is written."""
+"""Bad input gets one line that names the option, its value and what would do; status 2; nothing is written."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+pytestmark = pytest.mark.t0
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 

@@ -1,4 +1,4 @@
-"""T0. `plan: auto`: against every cut, order and depth where those can be enumerated; how few plans it prices."""
+"""`plan: auto`: against every cut, order and depth where those can be enumerated; how few plans it prices."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from hcms.schedule.cost import AttendPoint, IdealCosts, Level, Profile, Workload
 from hcms.schedule.cut import even, tapered
 from hcms.schedule.schedule import Schedule, serial, three_lane, two_lane
 from hcms.schedule.simulate import Costs
+
+pytestmark = pytest.mark.t0
 
 GPU = Profile(
     hardware="gpu",

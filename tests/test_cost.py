@@ -1,4 +1,4 @@
-"""T0. The cost model: profiles by size, their price for a workload, and the closed forms that simulation must meet."""
+"""The cost model: profiles by size, their price for a workload, and the closed forms that simulation must meet."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from hcms.clip import exchange_bytes
 from hcms.schedule.cost import AttendPoint, IdealCosts, Level, Profile, Workload, WorkloadCosts, fit, load, predict
 from hcms.schedule.schedule import ring, serial, three_lane, two_lane
 from hcms_lab.report import closed_form
+
+pytestmark = pytest.mark.t0
 
 PROFILE = Profile(
     hardware="cpu-test-2c",
@@ -199,7 +201,7 @@ class TestOperations:
 
 
 class TestClosedForms:
-    """The figures that PAPER-level arithmetic gives, and the simulator on ideal costs."""
+    """The figures that arithmetic on paper gives, and the simulator on ideal costs."""
 
     @pytest.mark.parametrize(
         ("ratio", "cut", "speedup"),

@@ -1,4 +1,4 @@
-"""T0. Each kernel that runs here against float64, its log-sum-exp too; and what the others say instead of running."""
+"""Each kernel that runs here against float64, its log-sum-exp too; and what the others say instead of running."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from hcms.kernels import HALF, KERNELS, attend_full, kernel
 from hcms_lab.ground import names
 from hcms_lab.measure import cases
+
+pytestmark = pytest.mark.t0
 
 HERE = [name for name, k in KERNELS.items() if k.refusal(torch.float32, 64, "cpu") is None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

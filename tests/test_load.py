@@ -1,4 +1,4 @@
-"""T0: records as DataFrames, which records are refused, and tables and figures as files."""
+"""Records as DataFrames, which records are refused, and tables and figures as files."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from hcms_lab.ground.load import COLUMNS, committed_folders, config, environment
 from hcms_lab.report import style
 from hcms_lab.report.tables import write_table
 from made_runs import make_run
+
+pytestmark = pytest.mark.t0
 
 
 def test_every_column_and_its_type(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""T0 and T1. Peers as contestants: right, over the given group, charged by its link; or refused with a reason."""
+"""Peers as contestants: right, over the given group, charged by its link; or refused with a reason."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from hcms_lab.measure.peer_contestant import Attention
 from hcms_lab.measure.peers import PEERS, Entry, peer, register
 from hcms_lab.measure.peers.diffusers_ulysses import BACKENDS
 from ranks import Place, error_bound, largest, on_ranks, own, whole_qkv
+
+pytestmark = pytest.mark.t1
 
 ON_CPU = [name for name, entry in PEERS.items() if not entry.gpus_only]
 ULYSSES = [name for name in ON_CPU if PEERS[name].kind == "ulysses"]

@@ -1,4 +1,4 @@
-"""T0. Cuts of a rank's heads: even, tapered, or as given."""
+"""Cuts of a rank's heads: even, tapered, or as given."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hcms.schedule.cut import even, format_cut, parse_cut, tapered
+
+pytestmark = pytest.mark.t0
 
 heads_and_chunks = st.integers(1, 40).flatmap(lambda heads: st.tuples(st.just(heads), st.integers(1, heads)))
 cuts = st.lists(st.integers(1, 8), min_size=1, max_size=8).map(tuple)

@@ -1,4 +1,4 @@
-"""T0. Table 5 from records: who leads by how much, a row for every contestant, why one could not run."""
+"""Table 5 from records: who leads by how much, a row for every contestant, why one could not run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 from hcms_lab.ground.load import frame
 from hcms_lab.ground.records import Record
 from hcms_lab.report.table5 import table5
+
+pytestmark = pytest.mark.t0
 
 POINT = "3,840 tokens, ρ 0.25"
 LATENCIES_MS = {

@@ -1,4 +1,4 @@
-"""T0. Whole pipelines before any rank starts: sizes, memory, refusals, the numbers that records are made of."""
+"""Whole pipelines before any rank starts: sizes, memory, refusals, the numbers that records are made of."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from hcms.clip import ClipShape, Strides, exchange_bytes, heads_refusal, layer_f
 from hcms_lab.ground.clip_record import ClipRecord, against_ulysses
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.records import RecordFile
+
+pytestmark = pytest.mark.t0
 
 pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[diffusers]'")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))

@@ -173,7 +173,7 @@ def test_every_module_of_the_library_is_there(environment: Path, tmp_path: Path)
         ".".join(file.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
         for file in sorted((ROOT / "src" / "hcms").rglob("*.py"))
     ]
-    modules.remove("hcms.diffusers")
+    modules = [name for name in modules if not name.startswith("hcms.diffusers")]
     program = f"import importlib\nfor name in {modules}: importlib.import_module(name)"
     run(environment / "bin/python", "-W", "error::ImportWarning", "-c", program, cwd=tmp_path)
 

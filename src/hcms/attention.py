@@ -292,7 +292,7 @@ def _backend(group: dist.ProcessGroup, device: str) -> str:
 
 
 def _high_priority_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A communicator over the same ranks whose kernels go before attention's waiting blocks (PEERS: pitfall 4)."""
+    """A communicator over the same ranks whose kernels go before attention's waiting blocks."""
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # pyright: ignore[reportAttributeAccessIssue]
     made = dist.new_group(
         dist.get_process_group_ranks(group), backend="nccl", pg_options=options, use_local_synchronization=True

@@ -13,7 +13,7 @@ SCHEMA = 1
 
 @dataclass(kw_only=True)
 class Record:
-    """A measured or predicted case. What does not apply is null; DESIGN's fixed names, and a few more at the end."""
+    """A measured or predicted case. What does not apply is null."""
 
     schema: int = SCHEMA
     exp: str
@@ -52,7 +52,6 @@ class Record:
     actual_path: str | None = None
     seed: int | None = None
     error: str | None = None
-    # beyond the fixed names
     frames: int | None = None
     prefetch: int | None = None
     n: int | None = None
