@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hcms.agreement import firsts
 from hcms.calibrate import calibrate
 from hcms.hardware import hardware
 from hcms.kernels import Kernel, kernel, rows_stand_alone
@@ -23,6 +22,7 @@ from hcms.lanes.cuda import CudaLanes
 from hcms.lanes.graph import CallGraphs
 from hcms.links import emulated, ghost
 from hcms.methods import build_schedule, method
+from hcms.objects import firsts
 from hcms.programs.ring import RingProgram
 from hcms.programs.ulysses import UlyssesProgram
 from hcms.schedule.choose import choose

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hcms.agreement import everyones, firsts
 from hcms.kernels import Kernel
 from hcms.links import emulated
+from hcms.objects import everyones, firsts
 from hcms.schedule.profile import Profile, fit
 from hcms.schedule.schedule import serial
 from hcms.transport.layout import HeadExchange, LayerShape
