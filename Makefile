@@ -6,7 +6,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.made-for
-EXTRAS := dev,wan,dashboard
+EXTRAS := dev
 ARGS ?=
 
 # The first interpreter that is new enough; the pins were made with 3.11.
@@ -46,9 +46,10 @@ fig3: $(SETUP) ## Figure 3, latency by sequence length: measure, print the table
 test: $(SETUP) ## the tests (ARGS="-k plan" and the like go to pytest)
 	$(PY) -m pytest $(ARGS)
 
-lint: $(SETUP) ## ruff: rules and format
+lint: $(SETUP) ## ruff: rules and format; import-linter: arrows one way
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -c "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True, no_logo=True))"
 
 format: $(SETUP) ## ruff: mend what it can and format
 	$(PY) -m ruff check --fix .

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         import wandb_workspaces  # noqa: F401
     except ImportError:
-        refuse("wandb-workspaces is not installed: pip install -e '.[dashboard]'")
+        refuse("wandb-workspaces is not installed: pip install -e '.[lab]'")
 
     if arguments.dry_run:
         entity = options.entity or "ENTITY"

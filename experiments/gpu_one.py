@@ -2,7 +2,7 @@
 
 Tests of the CUDA lanes (races, sanitizer, memory checker), the cost of attention by heads and tokens, of packing and of
 the machinery, and one denoising step of Wan2.2-A14B with random weights. Records are appended as they are made; a short
-table is printed last. Needs torch and pytest on a machine with a GPU; diffusers for the last part.
+table is printed last. Needs torch and pytest on a machine with a GPU; diffusers and hydra-core for the last part.
 
     python experiments/gpu_one.py [--output outputs/gpu-one] [--only tests,attend,copies,machinery,layers,wan]
 """

@@ -13,8 +13,9 @@ from rich.table import Table
 from hcms.hardware import hardware
 from hcms_lab.ground.config import CasesConfig, LayerConfig
 from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.names import KERNELS, PEER
 from hcms_lab.ground.records import RecordFile, derived_gbps
-from hcms_lab.measure.cases import KERNELS, PEER, Point, device_of, link_of, points
+from hcms_lab.measure.cases import Point, device_of, link_of, points
 from hcms_lab.measure.progress import progress
 
 ALL = "all"  # of kernels: every one that can run here

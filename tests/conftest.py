@@ -1,8 +1,10 @@
-"""What every test shares: no network, no display, one thread a process, and reproducible examples in CI."""
+"""What every test shares: a tier, no network, no display, one thread a process, and reproducible examples in CI."""
 
 from __future__ import annotations
 
 import os
+
+import pytest
 
 # Before any test module imports torch, wandb or matplotlib; ranks that a test starts inherit these.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,3 +21,13 @@ else:
     settings.register_profile("local", deadline=None, max_examples=60)
     settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True)
     settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+TIERS = {"t0", "t1", "t2", "t3"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test file says its tier, so that `-m t0` is what it says."""
+    untold = sorted({item.path.name for item in items if TIERS.isdisjoint(m.name for m in item.iter_markers())})
+    if untold := [name for name in untold if name.startswith("test_")]:
+        raise pytest.UsageError(f"{', '.join(untold)}: no tier; give it pytestmark = pytest.mark.t0 (or t1, t2, t3)")

@@ -1,4 +1,4 @@
-"""T0. The catalogue, advice without hardware, and `+exp=advise`."""
+"""The catalogue, advice without hardware, and `+exp=advise`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from by_hand import wire_ratio
 from hcms.schedule import catalogue
-from hcms.schedule.advice import DO_NOT, LITTLE, USE, Advice, advise, scale, verdict
+from hcms.schedule.advice import DO_NOT, LITTLE, USE, advise, verdict
 from hcms.schedule.catalogue import Number
 from hcms.schedule.cost import Workload, WorkloadCosts
 from hcms.schedule.profile import TILE_ROWS
-from hcms_lab.report import closed_form
+
+pytestmark = pytest.mark.t0
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT, LONG = 32_400, 57_600  # tokens: 9 and 16 latent frames of 720p
@@ -53,7 +55,7 @@ class TestCatalogue:
         assert gbps is not None
         for seq_len, expected in ((SHORT, short), (LONG, long)):
             for ranks, percent in zip((2, 4, 8), expected, strict=True):
-                ratio = closed_form.wire_ratio(seq_len, 5120, ranks, tflops=tflops, gbps=gbps)
+                ratio = wire_ratio(seq_len, 5120, ranks, tflops=tflops, gbps=gbps)
                 assert 100 * ratio == pytest.approx(percent, abs=0.51)
                 costs = WorkloadCosts(gpu.profile(kernel=kernel, link=link), wan(seq_len, ranks))
                 assert costs.wire_ratio == pytest.approx(ratio, rel=1e-6)
@@ -160,29 +162,20 @@ class TestAdvice:
         assert verdict(ratio, low, high) == expected
 
 
-class TestScale:
-    def test_heads_permitting(self) -> None:
-        found = scale(catalogue.gpu("h100"), seq_len=115_200, heads=1024)
-        assert list(found) == [16, 32, 64, 128, 256, 512, 1024]
-        advices = [a for a in found.values() if isinstance(a, Advice)]
-        assert [a.workload.ranks for a in advices] == [16, 32, 64, 128, 256, 512]
-        assert found[1024] == "115200 tokens cannot be divided among 1024 ranks"
+class TestOverTwoLevels:
+    """Beyond a node the slower of two links decides."""
+
+    def test_the_network_weighs_more_with_every_rank(self) -> None:
+        gpu, heads = catalogue.gpu("h100"), 1024
+        advices = [advise(gpu, wan(115_200, ranks, heads)) for ranks in (16, 32, 64, 128, 256, 512)]
         ratios = [a.comm_ratio for a in advices]
         assert ratios == sorted(ratios)
         assert all(any("adapter" in text for text in a.assumed) for a in advices)
 
-    def test_wan_has_too_few_heads(self) -> None:
-        found = scale(catalogue.gpu("h100"), seq_len=57_600, heads=40, ranks=(8, 16, 40, 64))
-        assert [isinstance(found[ranks], Advice) for ranks in (8, 16, 40, 64)] == [True, False, True, False]
-        assert found[16] == "40 heads cannot be divided among 16 ranks"
-
     def test_the_network_costs(self) -> None:
         slow, fast = (
-            scale(catalogue.gpu("h100"), seq_len=57_600, heads=64, ranks=(16,), network=name)[16]
-            for name in ("ib-hdr", "ib-xdr")
+            advise(catalogue.gpu("h100"), wan(57_600, 16, heads=64), network=name) for name in ("ib-hdr", "ib-xdr")
         )
-        assert isinstance(slow, Advice)
-        assert isinstance(fast, Advice)
         assert slow.wire_ratio > fast.wire_ratio
 
     def test_bridges_end_at_two_cards(self) -> None:

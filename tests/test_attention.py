@@ -1,4 +1,4 @@
-"""T1. Every method against full attention in float64, and bitwise against Ulysses, on real ranks over Gloo."""
+"""Every method against full attention in float64, and bitwise against Ulysses, on real ranks over Gloo."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from hcms.attention import SequenceParallelAttention
 from hcms.methods import METHODS, build_schedule
 from hcms.schedule.schedule import Schedule
 from ranks import Place, error_bound, largest, new_group, on_ranks, own, whole_qkv
+
+pytestmark = pytest.mark.t1
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEADS_A_RANK, TOKENS_A_RANK, HEAD_DIM = 5, 6, 16

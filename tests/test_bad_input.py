@@ -1,4 +1,4 @@
-"""T0. Bad input gets one line that names the option, its value and what would do; status 2; nothing is written."""
+"""Bad input gets one line that names the option, its value and what would do; status 2; nothing is written."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+pytestmark = pytest.mark.t0
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 LIMIT_S = 3.0

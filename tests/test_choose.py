@@ -1,4 +1,4 @@
-"""T0. `plan: auto`: against every cut, order and depth where those can be enumerated; how few plans it prices."""
+"""`plan: auto`: against every cut, order and depth where those can be enumerated; how few plans it prices."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from by_hand import every_cut
 from hcms.schedule import choose as module
 from hcms.schedule.choose import TIE, Choice, choose
 from hcms.schedule.cost import AttendPoint, IdealCosts, Level, Profile, Workload, WorkloadCosts, predict
-from hcms.schedule.cut import compositions, even, tapered
+from hcms.schedule.cut import even, tapered
 from hcms.schedule.schedule import Schedule, serial, three_lane, two_lane
 from hcms.schedule.simulate import Costs
+
+pytestmark = pytest.mark.t0
 
 GPU = Profile(
     hardware="gpu",
@@ -45,14 +48,14 @@ def cpu_costs(
     profile = replace(GPU, device="cpu", dtype="float32", attend=points, sms=None, host_ms=0.1, **copies)
     costs = WorkloadCosts(profile, layer)
     gbps = layer.off_rank(4 * layer.tensor_bytes(heads_a_rank)) / 1e6 / (costs.attention_ms * ratio / (1 - ratio))
-    return WorkloadCosts(profile.with_link(gbps=gbps, latency_ms=0.05), layer)
+    return WorkloadCosts(replace(profile, levels=(Level(gbps, latency_ms=0.05),)), layer)
 
 
 def every_schedule(heads: int, ports: int) -> list[Schedule]:
     builders = (two_lane, three_lane) if ports == 2 else (two_lane,)
     return [
         build(cut, prefetch=depth, first=first)
-        for cut in compositions(heads)
+        for cut in every_cut(heads)
         for build in builders
         for depth in range(1, max(2, len(cut)))
         for first in ("exchange", "return")

@@ -1,4 +1,4 @@
-"""T0: what stands in one row, what is kept apart, and what is refused."""
+"""What stands in one row, what is kept apart, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.report.compare import compare, find, load
 from made_runs import make_repository, make_run, script
+
+pytestmark = pytest.mark.t0
 
 main = script("compare").main
 

@@ -1,4 +1,4 @@
-"""T0: which runs may be published, and where they go."""
+"""Which runs may be published, and where they go."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from hcms_lab.ground.load import hardware_name, records
 from hcms_lab.report import contribute
 from hcms_lab.report.contribute import place, problems
 from made_runs import make_run, script
+
+pytestmark = pytest.mark.t0
 
 main = script("contribute").main
 

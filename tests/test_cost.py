@@ -1,4 +1,4 @@
-"""T0. The cost model: profiles by size, their price for a workload, and the closed forms that simulation must meet."""
+"""The cost model: profiles by size, their price for a workload, and the closed forms that simulation must meet."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from by_hand import cut_speedup_bound, ring_ms, ring_speedup
+from hcms.clip import exchange_bytes
 from hcms.schedule.cost import AttendPoint, IdealCosts, Level, Profile, Workload, WorkloadCosts, fit, load, predict
 from hcms.schedule.schedule import ring, serial, three_lane, two_lane
 from hcms_lab.report import closed_form
+
+pytestmark = pytest.mark.t0
 
 PROFILE = Profile(
     hardware="cpu-test-2c",
@@ -197,7 +201,7 @@ class TestOperations:
 
 
 class TestClosedForms:
-    """The figures that PAPER-level arithmetic gives, and the simulator on ideal costs."""
+    """The figures that arithmetic on paper gives, and the simulator on ideal costs."""
 
     @pytest.mark.parametrize(
         ("ratio", "cut", "speedup"),
@@ -214,7 +218,7 @@ class TestClosedForms:
         whole = (sum(cut),)
         simulated = predict(serial(whole), costs).duration_ms / predict(two_lane(cut), costs).duration_ms
         assert simulated == pytest.approx(speedup, abs=0.005)
-        assert simulated == pytest.approx(closed_form.cut_speedup_bound(ratio, cut))
+        assert simulated == pytest.approx(cut_speedup_bound(ratio, cut))
         if len(set(cut)) == 1:
             assert simulated == pytest.approx(closed_form.two_lane_speedup(ratio, len(cut)))
 
@@ -223,19 +227,19 @@ class TestClosedForms:
         costs = IdealCosts(ratio)
         for schedule in (two_lane(cut), two_lane(cut, prefetch=1, first="return")):
             speedup = predict(serial((sum(cut),)), costs).duration_ms / predict(schedule, costs).duration_ms
-            assert speedup <= closed_form.cut_speedup_bound(ratio, cut) * (1 + 1e-9)
+            assert speedup <= cut_speedup_bound(ratio, cut) * (1 + 1e-9)
             assert speedup <= closed_form.speedup_limit(ratio) * (1 + 1e-9)
 
     @given(st.floats(0.01, 0.9), st.integers(2, 16))
     def test_ring(self, ratio: float, ranks: int) -> None:
         costs = IdealCosts(ratio, ranks)
-        expected_ms = closed_form.ring_ms(costs.attention_ms, costs.comm_ms, ranks)
+        expected_ms = ring_ms(costs.attention_ms, costs.comm_ms, ranks)
         assert predict(ring(ranks), costs).duration_ms == pytest.approx(expected_ms)
 
     def test_what_a_ring_hides(self) -> None:
         assert [round(closed_form.ring_hides_up_to(ranks), 2) for ranks in (2, 4, 8)] == [0.33, 0.27, 0.18]
-        assert closed_form.ring_ms(1.0, 1 / 3, 8) == pytest.approx(1.46, abs=0.005)
-        assert closed_form.ring_speedup(0.2, 2) == pytest.approx(1.25)
+        assert ring_ms(1.0, 1 / 3, 8) == pytest.approx(1.46, abs=0.005)
+        assert ring_speedup(0.2, 2) == pytest.approx(1.25)
 
     def test_traffic_of_a_ring(self) -> None:
         """A ring's steps carry P/2 times what Ulysses does, which its closed form rests on."""
@@ -244,7 +248,7 @@ class TestClosedForms:
             ulysses_bytes = layer.off_rank(4 * layer.tensor_bytes(layer.heads_a_rank))
             ring_bytes = (ranks - 1) * 2 * (32_400 // ranks) * 40 * 128 * 2
             assert ring_bytes == pytest.approx(ulysses_bytes * ranks / 2)
-            assert closed_form.ulysses_gb(32_400, 5120, ranks, 2) == pytest.approx(ulysses_bytes / 1e9)
+            assert exchange_bytes(32_400, 40, 128, 2, ranks) == ulysses_bytes
 
     def test_refusals(self) -> None:
         with pytest.raises(ValueError, match=r"lies in \[0, 1\), got 1.2"):
@@ -383,8 +387,3 @@ class TestFile:
         path.write_text(path.read_text().replace("kernel: sdpa\n", ""))
         with pytest.raises(ValueError, match="field kernel is missing"):
             load(path)
-
-    def test_another_link(self) -> None:
-        slower = PROFILE.with_link(gbps=0.5, latency_ms=0.2)
-        assert slower.exchange_ms(1e6, 2) == pytest.approx(2.2)
-        assert slower.link == "0.5 GB/s, 200 us"

@@ -1,4 +1,4 @@
-"""T2: CUDA lanes on one GPU, one rank over NCCL to itself. Skipped with a reason where there is no GPU.
+"""CUDA lanes on one GPU, one rank over NCCL to itself. Skipped with a reason where there is no GPU.
 
 Runs by itself: `PYTHONPATH=src pytest tests/test_cuda.py`. HCMS_RACE_ROUNDS sets the rounds of the race test.
 """
@@ -15,7 +15,10 @@ import torch.distributed as dist
 from hcms.attention import SequenceParallelAttention
 from hcms.kernels import KERNELS, attend_full
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; none is visible here")
+pytestmark = [
+    pytest.mark.t2,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; none is visible here"),
+]
 
 N, L, H = 10, 512, 128
 ROUNDS = int(os.environ.get("HCMS_RACE_ROUNDS", "50"))

@@ -1,4 +1,4 @@
-"""T2. CUDA lanes beyond tests/test_cuda.py: every schedule, missing edges, a warm call's cost, every method's graph.
+"""CUDA lanes beyond tests/test_cuda.py: every schedule, missing edges, a warm call's cost, every method's graph.
 
 Needs torch with CUDA and pytest, nothing else: `PYTHONPATH=src pytest tests/test_cuda_lanes.py`. HCMS_RACE_ROUNDS says
 how many random calls the race test makes (50).
@@ -28,6 +28,7 @@ from hcms.schedule.timeline import Timeline
 from hcms.transport.layout import HeadExchange, LayerShape
 
 pytestmark = [
+    pytest.mark.t2,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"),
     pytest.mark.skipif(not dist.is_nccl_available(), reason="this torch has no NCCL"),
 ]

@@ -1,4 +1,4 @@
-"""T0: the W&B workspace and report as JSON, against a golden file; nothing here needs a key or a network.
+"""The W&B workspace and report as JSON, against a golden file; nothing here needs a key or a network.
 
 After a wanted change: `HCMS_GOLDEN=write python -m pytest tests/test_dashboard.py`, then look at the difference.
 """
@@ -17,6 +17,8 @@ import pytest
 from hcms_lab.ground.experiments import axis
 from hcms_lab.report import dashboard
 from made_runs import make_repository, script
+
+pytestmark = pytest.mark.t0
 
 pytest.importorskip("wandb_workspaces", reason="the dashboard extra is not installed")
 

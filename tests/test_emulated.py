@@ -1,4 +1,4 @@
-"""T1. The emulated link against its own parameters: bytes over bandwidth plus latency, on one port, by a shared clock.
+"""The emulated link against its own parameters: bytes over bandwidth plus latency, on one port, by a shared clock.
 
 Lower bounds are strict: a link that is faster than it says is wrong. Upper bounds leave room for a busy machine.
 """
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from hcms.links import emulated
 from ranks import Place, new_group, on_ranks
+
+pytestmark = pytest.mark.t1
 
 GBPS = 0.002  # 2 bytes a microsecond
 LATENCY_US = 20_000.0

@@ -1,4 +1,4 @@
-"""T1. What travels: which heads arrive where, in how many collectives of what size, and at no allocation when warm."""
+"""What travels: which heads arrive where, in how many collectives of what size, and at no allocation when warm."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from hcms.schedule.schedule import Schedule, serial
 from hcms.transport.layout import HeadExchange, LayerShape, widened
 from hcms_lab.measure.memory import allocations, peak_bytes
 from ranks import Collectives, Place, on_ranks, own, whole_qkv
+
+pytestmark = pytest.mark.t1
 
 B, L, M, H = 2, 6, 5, 16
 

@@ -1,4 +1,4 @@
-"""T3. Every experiment composes and validates, here and on GPUs; the micro-benchmark runs tiny, resumes, and fails."""
+"""Every experiment composes and validates, here and on GPUs; the micro-benchmark runs tiny, resumes, and fails."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import tiny
 from hcms_lab.ground.config import Config
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.records import RecordFile
+
+pytestmark = pytest.mark.t3
 
 CONF = tiny.EXPERIMENTS.parent / "conf"
 NAMES = sorted(path.stem for path in (CONF / "exp").glob("*.yaml"))

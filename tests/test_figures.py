@@ -1,4 +1,4 @@
-"""T0: every figure and table draws from records of the real schema; T3: configurations and notebooks agree in name."""
+"""Every figure and table draws from records of the real schema; configurations and notebooks agree in name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from by_hand import ring_speedup
 from hcms.schedule.cost import IdealCosts, predict
 from hcms.schedule.schedule import serial, two_lane
 from hcms_lab.ground.errors import UsageError
@@ -31,9 +32,11 @@ from hcms_lab.report.claims import (
     correlation_of_gains,
     table1,
 )
-from hcms_lab.report.closed_form import ring_speedup, speedup_limit
+from hcms_lab.report.closed_form import speedup_limit
 from hcms_lab.report.figures import FIGURES, TABLES
 from made_runs import make_run, script
+
+pytestmark = pytest.mark.t0
 
 CUTS = ("5", "1-1-1-1-1", "2-1-2", "1-3-1", "auto:1-3-1")
 RATIOS = (0.05, 0.1, 0.2, 0.3, 0.45)

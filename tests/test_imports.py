@@ -1,4 +1,4 @@
-"""T0. Schedules, plans and prices are usable without torch: importing them must not pull it in."""
+"""Schedules, plans and prices are usable without torch: importing them must not pull it in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+
+pytestmark = pytest.mark.t0
 
 REPORT_TORCH = """
 import importlib, pkgutil, sys

@@ -1,4 +1,4 @@
-"""T0. Each kernel that runs here against float64, its log-sum-exp too; and what the others say instead of running."""
+"""Each kernel that runs here against float64, its log-sum-exp too; and what the others say instead of running."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from hcms.kernels import HALF, KERNELS, attend_full, kernel
+from hcms_lab.ground import names
 from hcms_lab.measure import cases
+
+pytestmark = pytest.mark.t0
 
 HERE = [name for name, k in KERNELS.items() if k.refusal(torch.float32, 64, "cpu") is None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,8 +96,8 @@ def test_every_kernel_has_its_name() -> None:
 
 
 def test_configurations_know_the_same_names() -> None:
-    """`hcms_lab.measure.cases` writes them out, so that bad input is refused before torch is imported."""
-    assert tuple(KERNELS) == cases.KERNELS
+    """The laboratory writes them out, so that bad input is refused before torch is imported."""
+    assert tuple(KERNELS) == names.KERNELS
     assert {getattr(torch, name) for name in cases.DTYPES} == set(DTYPES)
 
 

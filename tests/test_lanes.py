@@ -1,4 +1,4 @@
-"""T0 and T1. Lanes keep a schedule's order, and communication really runs while attention does."""
+"""Lanes keep a schedule's order, and communication really runs while attention does."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ from hcms.schedule.schedule import COMM, COMM_OUT, COMPUTE, Op, Schedule, ring, 
 from hcms.schedule.timeline import Timeline
 from hcms.transport.layout import HeadExchange, LayerShape
 from ranks import Place, new_group, on_ranks, own, whole_qkv
+
+pytestmark = pytest.mark.t1
 
 cuts = st.lists(st.integers(1, 3), min_size=1, max_size=7).map(tuple)
 pipelines = st.builds(

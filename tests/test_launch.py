@@ -1,4 +1,4 @@
-"""T1. Ranks start, log and end together; one that dies takes the run down in its own words, and leaves no process."""
+"""Ranks start, log and end together; one that dies takes the run down in its own words, and leaves no process."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import torch.distributed as dist
 import tiny
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.launch import Rank, RankFailed, launch
+
+pytestmark = pytest.mark.t1
 
 RUN = tiny.EXPERIMENTS / "run.py"
 TINY = ["+exp=fig3", *tiny.SETTINGS, "latent_frames=[2,1]", "methods=[ulysses,hcms]", "cuts=[even:2]"]

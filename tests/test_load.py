@@ -1,4 +1,4 @@
-"""T0: records as DataFrames, which records are refused, and tables and figures as files."""
+"""Records as DataFrames, which records are refused, and tables and figures as files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from PIL import Image
 
 from hcms.methods import METHODS
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.ground.load import COLUMNS, committed, config, environment, newest, records
+from hcms_lab.ground.load import COLUMNS, committed_folders, config, environment, newest, records
 from hcms_lab.report import style
 from hcms_lab.report.tables import write_table
 from made_runs import make_run
+
+pytestmark = pytest.mark.t0
 
 
 def test_every_column_and_its_type(tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ def test_no_records(tmp_path: Path) -> None:
         records(tmp_path)
     with pytest.raises(UsageError, match=r"no records of fig3 yet: run python experiments/run.py \+exp=fig3"):
         newest("fig3", tmp_path)
-    assert committed("fig3", tmp_path) == {}
+    assert committed_folders("fig3", tmp_path) == {}
 
 
 def test_newest_is_the_local_run_then_the_latest_reference(tmp_path: Path) -> None:
@@ -78,7 +80,7 @@ def test_newest_is_the_local_run_then_the_latest_reference(tmp_path: Path) -> No
     env = environment(new)
     (new / "env.json").write_text(json.dumps({**env, "started": "2026-05-01T00:00:00+00:00"}))
     assert newest("fig3", tmp_path) == new
-    assert list(committed("fig3", tmp_path)) == ["cpu-a", "cpu-b"]
+    assert list(committed_folders("fig3", tmp_path)) == ["cpu-a", "cpu-b"]
     local = make_run(tmp_path)
     assert newest("fig3", tmp_path) == local.resolve()
     assert old.is_dir()

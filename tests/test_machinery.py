@@ -1,4 +1,4 @@
-"""T1. What a warm call costs the host, counted and not clocked: operations, copies, collectives and allocations."""
+"""What a warm call costs the host, counted and not clocked: operations, copies, collectives and allocations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 
 from hcms_lab.measure.machinery import FreeAttention, Operations, free_link, small_inputs
 from hcms_lab.measure.memory import allocations
+
+pytestmark = pytest.mark.t1
 
 RANKS, HEADS_A_RANK = 2, 4
 CASES = [

@@ -1,8 +1,8 @@
-"""T0 and T1. Peers as contestants: right, over the given group, charged by its link; or refused with a reason."""
+"""Peers as contestants: right, over the given group, charged by its link; or refused with a reason."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from time import perf_counter
@@ -12,19 +12,22 @@ import torch
 import torch.distributed as dist
 
 from hcms.attention import SequenceParallelAttention
-from hcms.kernels import KERNELS
+from hcms.kernels import KERNELS, Kernel
 from hcms.links import emulated
 from hcms_lab.ground.config import WorkloadConfig
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.measure.cases import points
-from hcms_lab.measure.contestant import Contestant
-from hcms_lab.measure.peers import PEERS, peer
+from hcms_lab.measure.cases import Case, points
+from hcms_lab.measure.contestant import Contestant, contestant
+from hcms_lab.measure.peer_contestant import Attention
+from hcms_lab.measure.peers import PEERS, Entry, peer, register
 from hcms_lab.measure.peers.diffusers_ulysses import BACKENDS
 from made_runs import script
 from ranks import Place, error_bound, largest, on_ranks, own, whole_qkv
 
+pytestmark = pytest.mark.t1
+
 ON_CPU = [name for name, entry in PEERS.items() if not entry.gpus_only]
-ULYSSES = [name for name in ON_CPU if name.endswith("-ulysses")]
+ULYSSES = [name for name in ON_CPU if PEERS[name].kind == "ulysses"]
 SHAPE_BLNH = (2, 8, 8, 16)
 WIRE_MS = 60.0
 
@@ -49,18 +52,18 @@ def one_peer(place: Place, name: str) -> Fact:
     wholes = [whole_qkv((B, L * place.ranks, N, H), torch.float32, seed) for seed in range(2)]
     exact_BSNH, bound = error_bound(wholes[0], "sdpa")
     shares = [[own(place, x) for x in whole] for whole in wholes]
-    contestant: Contestant = peer(name, "sdpa", place.emulated)
+    its: Contestant = peer(name, "sdpa", place.emulated)
     with torch.inference_mode():
         expected = SequenceParallelAttention(place.emulated, "ulysses")(*shares[0])
-        other = contestant(*shares[1])
+        other = its(*shares[1])
         sent_before = emulated.PORT.sent_bytes
-        contestant(*shares[0])
+        its(*shares[0])
         sent_bytes = emulated.PORT.sent_bytes - sent_before
         emulated.set_link(gbps=sent_bytes / WIRE_MS / 1e6)
         try:
             dist.barrier(place.control)
             began_s = perf_counter()
-            out_BLNH = contestant(*shares[0])
+            out_BLNH = its(*shares[0])
             wall_ms = (perf_counter() - began_s) * 1e3
         finally:
             emulated.set_link()
@@ -71,8 +74,8 @@ def one_peer(place: Place, name: str) -> Fact:
         stale=torch.equal(out_BLNH, other),
         wall_ms=wall_ms,
         sent_bytes=sent_bytes,
-        actual_path=contestant.actual_path,
-        version=contestant.version,
+        actual_path=its.actual_path,
+        version=its.version,
     )
 
 
@@ -115,8 +118,35 @@ def test_peers_of_gpus_are_refused_with_a_reason() -> None:
         assert name in reason and ("GPUs over NCCL only" in reason or "not installed" in reason)
 
 
+def toy(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
+    """Ours under another name."""
+    return SequenceParallelAttention(group, "ulysses-packed", kernel=kernel.name)
+
+
+TOY = Entry("toy-ulysses", "ulysses", toy, "torch")
+
+
+def a_new_peer(place: Place) -> tuple[bool, str | None]:
+    """Whether a peer that only this file knows gives what `ulysses` gives, and what its case says of it."""
+    register(TOY)
+    q, k, v = (own(place, x) for x in whole_qkv((1, 4 * place.ranks, 4, 16), torch.float32, 0))
+    with torch.inference_mode():
+        case = Case("peer:toy-ulysses", None)
+        out_BLNH = contestant(case, "sdpa", place.gloo, None)(q, k, v)
+        return torch.equal(out_BLNH, SequenceParallelAttention(place.gloo, "ulysses")(q, k, v)), case.peer_kind
+
+
+def test_a_peer_takes_one_file() -> None:
+    assert on_ranks(2, a_new_peer) == [(True, "ulysses")] * 2
+
+
+def test_a_name_is_taken_once() -> None:
+    with pytest.raises(ValueError, match="a peer named 'diffusers-ulysses' is registered already"):
+        register(replace(TOY, name="diffusers-ulysses"))
+
+
 def test_an_unknown_peer_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown peer 'xfuser': choose one of diffusers-ulysses"):
+    with pytest.raises(ValueError, match="unknown peer 'xfuser': choose one of deepspeed-ulysses"):
         peer("xfuser", "sdpa", None)
 
 

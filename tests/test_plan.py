@@ -1,14 +1,14 @@
-"""T0. Cuts of a rank's heads: even, tapered, as given, and every one that there is."""
+"""Cuts of a rank's heads: even, tapered, or as given."""
 
 from __future__ import annotations
-
-from math import comb
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hcms.schedule.cut import compositions, even, format_cut, parse_cut, tapered
+from hcms.schedule.cut import even, format_cut, parse_cut, tapered
+
+pytestmark = pytest.mark.t0
 
 heads_and_chunks = st.integers(1, 40).flatmap(lambda heads: st.tuples(st.just(heads), st.integers(1, heads)))
 cuts = st.lists(st.integers(1, 8), min_size=1, max_size=8).map(tuple)
@@ -112,15 +112,3 @@ def test_parse_values(text: str | int, heads: int, expected: tuple[int, ...]) ->
 def test_parse_says_what_is_wrong(text: str, heads: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_cut(text, heads)
-
-
-@given(st.integers(1, 10), st.integers(1, 12))
-def test_compositions_are_all_there_once(heads: int, max_chunks: int) -> None:
-    found = list(compositions(heads, max_chunks=max_chunks))
-    assert len(set(found)) == len(found) == sum(comb(heads - 1, chunks - 1) for chunks in range(1, max_chunks + 1))
-    assert all(sum(cut) == heads and min(cut) >= 1 and len(cut) <= max_chunks for cut in found)
-
-
-def test_compositions_without_a_limit() -> None:
-    assert sorted(compositions(3)) == [(1, 1, 1), (1, 2), (2, 1), (3,)]
-    assert sum(1 for _ in compositions(10)) == 2**9

@@ -1,4 +1,4 @@
-"""T0: the README's generated parts, and that a stale one is noticed."""
+"""The README's generated parts, and that a stale one is noticed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.load import newest, newest_runs
 from hcms_lab.report.readme import BLOCKS, comparison, experiments, figures, hardware, results, updated
 from made_runs import make_repository, make_run, script
+
+pytestmark = pytest.mark.t0
 
 main = script("readme").main
 

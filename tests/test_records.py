@@ -1,4 +1,4 @@
-"""T0 and T1. A record says what was measured: the slowest rank, a checked result, failures, nothing private."""
+"""A record says what was measured: the slowest rank, a checked result, failures, nothing private."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from hcms_lab.measure.environment import VARIABLES, environment
 from hcms_lab.measure.job import Job
 from hcms_lab.measure.measure import measure_point
 from ranks import Place, on_ranks
+
+pytestmark = pytest.mark.t1
 
 FIXED_NAMES = [
     *("schema", "exp", "status", "source", "hardware", "workload"),

@@ -1,4 +1,4 @@
-"""T1. Ring Attention: partial results merged by log-sum-exp, whatever the scores and whichever rank holds the keys."""
+"""Ring Attention: partial results merged by log-sum-exp, whatever the scores and whichever rank holds the keys."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hcms.attention import SequenceParallelAttention
 from ranks import Place, error_bound, largest, on_ranks, own, whole_qkv
+
+pytestmark = pytest.mark.t1
 
 
 def scores(place: Place, kind: str, dtype: torch.dtype) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""T0. Every schedule keeps its order, whatever the cut, and its simulated time is what the paper's arithmetic says."""
+"""Every schedule keeps its order, whatever the cut, and its simulated time is what the paper's arithmetic says."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from hcms.schedule.cut import even, parse_cut
 from hcms.schedule.schedule import COMM, COMPUTE, Op, Schedule, ring, serial, three_lane, two_lane
 from hcms.schedule.simulate import OpCost, simulate
 from hcms.schedule.timeline import Timeline
+
+pytestmark = pytest.mark.t0
 
 cuts = st.lists(st.integers(1, 6), min_size=1, max_size=9).map(tuple)
 depths = st.none() | st.integers(1, 10)

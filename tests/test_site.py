@@ -1,4 +1,4 @@
-"""T0: the results page as HTML, and in a real browser where Chromium is installed."""
+"""The results page as HTML, and in a real browser where Chromium is installed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from bs4 import BeautifulSoup
 from PIL import Image
 
 from made_runs import make_repository, script
+
+pytestmark = pytest.mark.t0
 
 main = script("site").main
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -1,4 +1,4 @@
-"""T0. Table 5 from records: who leads by how much, a row for every contestant, why one could not run."""
+"""Table 5 from records: who leads by how much, a row for every contestant, why one could not run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 
 from hcms_lab.ground.load import frame
 from hcms_lab.ground.records import Record
-from hcms_lab.report.table5 import is_peer_ring, is_peer_ulysses, table5
+from hcms_lab.report.table5 import table5
+
+pytestmark = pytest.mark.t0
 
 POINT = "3,840 tokens, ρ 0.25"
 LATENCIES_MS = {
@@ -111,8 +113,13 @@ def test_ranks_and_heads_are_named_where_they_differ(records: list[dict[str, Any
     assert f"2 ranks of 5 heads, {POINT}" in columns and f"4 ranks of 5 heads, {POINT}" in columns
 
 
-def test_kinds_of_peers() -> None:
-    assert is_peer_ulysses("peer:yunchang-ulysses") and not is_peer_ulysses("ulysses")
-    assert (
-        is_peer_ring("peer:diffusers-ring") and is_peer_ring("peer:torch-context-parallel") and not is_peer_ring("ring")
-    )
+def test_peers_say_their_kind_and_older_records_tell_it_by_name(records: list[dict[str, Any]]) -> None:
+    assert dict(frame(records)[["method", "peer_kind"]].to_numpy()) == {
+        **dict.fromkeys(("ulysses", "ulysses-packed", "hcms", "ring", "ceiling"), None),
+        "peer:diffusers-ulysses": "ulysses",
+        "peer:deepspeed-ulysses": "ulysses",
+        "peer:torch-context-parallel-alltoall": "ring",
+        "peer:yunchang-async": "other",
+    }
+    toy = record("peer:toy", 200.0, peer_kind="ulysses")
+    assert rows_of(table5(frame([*records, toy])))["fastest peer Ulysses"][POINT] == "toy"

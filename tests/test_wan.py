@@ -1,13 +1,18 @@
-"""T0. Whole pipelines before any rank starts: sizes, memory, refusals, the numbers that records are made of."""
+"""Whole pipelines before any rank starts: sizes, memory, refusals, the numbers that records are made of."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from math import prod
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +25,9 @@ from hcms_lab.ground.clip_record import ClipRecord, against_ulysses
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.records import RecordFile
 
-pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[wan]'")
+pytestmark = pytest.mark.t0
+
+pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[diffusers]'")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 run, wan, one_gpu = import_module("run"), import_module("wan"), import_module("hcms_lab.measure.wan.one_gpu")
 breakdown = import_module("hcms_lab.measure.wan.breakdown")
@@ -99,7 +106,7 @@ def test_heads_that_ranks_do_not_divide_are_refused_with_rank_counts():
 def test_configurations_compose_and_are_valid(name):
     cfg = run.composed(["+exp=fig7", f"model={name}", "memory_gib=200"])
     wan.validate(cfg)
-    assert cfg.model == one_gpu.model_config(name)  # the GPU script reads the same file without Hydra
+    assert cfg.model == one_gpu.model_config(name)  # as the GPU script reads it, without an experiment
 
 
 @pytest.mark.parametrize(
@@ -153,6 +160,39 @@ def test_a_folder_without_weights_is_refused_by_what_it_lacks(tmp_path):
         (tmp_path / part / "config.json").write_text("{}")
         (tmp_path / part / "model.safetensors").touch()
     assert "it holds a FluxPipeline; give one of WanPipeline, WanImageToVideoPipeline" in refusal()
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """A hub with one pipeline, `owner/whole`."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200 if self.path.startswith("/owner/whole/") else 404)
+        self.send_header("ETag", '"1"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+def test_what_the_hub_gives(tmp_path):
+    def refusals(endpoint: str) -> list[str | None]:
+        program = "import json, sys; from hcms_lab.measure.wan.folder import hub_refusal; "
+        program += "print(json.dumps([hub_refusal(name) for name in ('owner/whole', 'owner/none')]))"
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    with HTTPServer(("127.0.0.1", 0), _Hub) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{hub.server_port}"
+        whole, none = refusals(address)
+        hub.shutdown()
+    assert whole is None
+    assert none is not None and "model_index.json" in none
+    assert all(reason and "\n" not in reason for reason in refusals(address)), "unreachable is a reason too"
 
 
 def test_unknown_model_and_key_are_refused_while_composing():
@@ -345,7 +385,8 @@ def test_figure_and_table_show_what_records_say(tmp_path, monkeypatch):
 
 
 def test_one_step_on_one_device_adds_up():
-    [made] = one_gpu.one_gpu_step("wan-tiny", 5, "cpu", torch.float32, height=32, width=32)
+    [record] = one_gpu.one_gpu_steps("", "wan-tiny", (5,), "cpu", torch.float32, kernels=("sdpa",), height=32, width=32)
+    made = asdict(record)
     parts = ("self_attention", "self_projections", "cross_attention", "feed_forward", "transformer_rest")
     assert made["ok"]
     assert made["seq_len"] == 2 * 4 * 4

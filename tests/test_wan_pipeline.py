@@ -1,4 +1,4 @@
-"""T1. A tiny Wan pipeline on real ranks gives what it gives on one process: bitwise, as every row is computed alike.
+"""A tiny Wan pipeline on real ranks gives what it gives on one process: bitwise, as every row is computed alike.
 
 Linear layers give each token the same bits whatever tokens stand beside it (checked by `test_rows...`, since it is the
 BLAS's doing, not ours), so splitting tokens changes nothing; splitting heads does not, nor does chunking them. Ring
@@ -24,7 +24,9 @@ from hcms_lab.ground.model_config import ModelConfig
 from hcms_lab.ground.records import RecordFile
 from ranks import Collectives, Place, on_ranks
 
-diffusers = pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[wan]'")
+pytestmark = pytest.mark.t1
+
+diffusers = pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[diffusers]'")
 
 PARTS = pytest.importorskip("hcms_lab.measure.wan.breakdown").PARTS
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""T0 and one offline W&B run: what the mirror logs, read back from the run's own log."""
+"""One offline W&B run: what the mirror logs, read back from the run's own log."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from hcms_lab.ground.load import environment, records
 from hcms_lab.report.wandb_mirror import Mirror, best, summary
 from made_runs import COMMIT, make_run
 from wandb_server import wandb_server
+
+pytestmark = pytest.mark.t0
 
 
 def config(mode: str, exp: str = "fig3") -> Any:

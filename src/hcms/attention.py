@@ -22,6 +22,7 @@ from hcms.lanes.cuda import CudaLanes
 from hcms.lanes.graph import CallGraphs
 from hcms.links import emulated, ghost
 from hcms.methods import build_schedule, method
+from hcms.objects import firsts
 from hcms.programs.ring import RingProgram
 from hcms.programs.ulysses import UlyssesProgram
 from hcms.schedule.choose import choose
@@ -250,9 +251,7 @@ class SequenceParallelAttention:
         workload = Workload(
             shape.local_tokens * self.ranks, shape.heads, self.ranks, shape.head_dim, shape.batch, profile.dtype
         )
-        choices = [choose(WorkloadCosts(profile, workload), shape.heads, self.ranks)]
-        dist.broadcast_object_list(choices, src=dist.get_global_rank(self.group, 0), group=self.group)
-        choice = choices[0]
+        choice = firsts(choose(WorkloadCosts(profile, workload), shape.heads, self.ranks), self.group)
         self.plan_reason, self.predicted_ms = choice.reason, choice.predicted_ms
         return choice.schedule()
 
@@ -293,7 +292,7 @@ def _backend(group: dist.ProcessGroup, device: str) -> str:
 
 
 def _high_priority_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A communicator over the same ranks whose kernels go before attention's waiting blocks (PEERS: pitfall 4)."""
+    """A communicator over the same ranks whose kernels go before attention's waiting blocks."""
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # pyright: ignore[reportAttributeAccessIssue]
     made = dist.new_group(
         dist.get_process_group_ranks(group), backend="nccl", pg_options=options, use_local_synchronization=True

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hcms.kernels import Kernel
 from hcms.links import emulated
+from hcms.objects import everyones, firsts
 from hcms.schedule.profile import Profile, fit
 from hcms.schedule.schedule import serial
 from hcms.transport.layout import HeadExchange, LayerShape
@@ -44,32 +45,28 @@ def calibrate(
             _measure_chunk(measuring, shape, m, dtype, kernel, heads_first, smallest=m == sizes[0], whole=m == M)
         if P > 1:
             _measure_ring(measuring, shape, dtype, kernel)
-    by_rank: list[Any] = [None] * P
-    dist.all_gather_object(by_rank, measuring.samples, group=group)
+    by_rank = everyones(measuring.samples, group)
     slowest = [
         {key: max(s[key] for s in ranks) for key in ranks[0] if key != "op"} | {"op": ranks[0]["op"]}
         for ranks in zip(*by_rank, strict=True)
     ]
     backend = dist.get_backend(group)
     pace = f"{emulated.PORT.gbps:g} GB/s, {emulated.PORT.latency_us:g} us" if backend == emulated.NAME else "native"
-    profile = [
-        fit(
-            slowest,
-            hardware=hardware,
-            device=device.type,
-            world_size=P,
-            backend=backend,
-            link=pace,
-            kernel=kernel.name,
-            dtype=str(dtype).removeprefix("torch."),
-            head_dim=shape.head_dim,
-            batch=shape.batch,
-            sms=torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None,
-        )
-    ]
     # Medians are of the same samples everywhere, but one rank's word is what all act on.
-    dist.broadcast_object_list(profile, src=dist.get_global_rank(group, 0), group=group)
-    return profile[0]
+    profile = fit(
+        slowest,
+        hardware=hardware,
+        device=device.type,
+        world_size=P,
+        backend=backend,
+        link=pace,
+        kernel=kernel.name,
+        dtype=str(dtype).removeprefix("torch."),
+        head_dim=shape.head_dim,
+        batch=shape.batch,
+        sms=torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None,
+    )
+    return firsts(profile, group)
 
 
 class _Measuring:
@@ -104,9 +101,7 @@ class _Measuring:
 
     def slowest_ms(self, times_ms: Sequence[float]) -> float:
         """The least, over repeats, of the slowest rank's time: ranks that share a core take turns in being last."""
-        by_rank: list[Any] = [None] * self.ranks
-        dist.all_gather_object(by_rank, times_ms, group=self.group)
-        return min(map(max, zip(*by_rank, strict=True)))
+        return min(map(max, zip(*everyones(times_ms, self.group), strict=True)))
 
 
 def _measure_chunk(

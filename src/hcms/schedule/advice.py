@@ -11,7 +11,6 @@ predicted gain over the faster of `ulysses` and `ulysses-packed`:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
@@ -21,7 +20,6 @@ from hcms.schedule.cost import Workload, WorkloadCosts, predict
 from hcms.schedule.schedule import Schedule, ring, serial
 
 USE, LITTLE, DO_NOT = "use it", "little to gain", "do not"
-RANKS_ON_PAPER = (16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,10 @@ def advise(
     gpu: Gpu, workload: Workload, *, kernel: str | None = None, link: str | None = None, network: str | None = None
 ) -> Advice:
     """Predict one layer on one GPU type.
+
+    With more ranks than its own link connects, a network joins the nodes. Assumed there: one adapter a GPU; traffic
+    inside a node and between nodes flows at the same time, so that the slower of both decides; no contention between
+    nodes; a ring's slowest hop is one between nodes.
 
     Raises:
         ValueError: a kernel, link or network that the catalogue does not know for this GPU, or more ranks than a link
@@ -133,34 +135,6 @@ def verdict(comm_ratio: float, gain_low: float, gain_high: float) -> str:
     if (comm_ratio >= 0.20 and gain_low >= 0.01) or (comm_ratio >= 0.10 and gain_low >= 0.05):
         return USE
     return LITTLE
-
-
-def scale(
-    gpu: Gpu,
-    *,
-    seq_len: int,
-    heads: int,
-    ranks: Iterable[int] = RANKS_ON_PAPER,
-    head_dim: int = 128,
-    batch: int = 1,
-    kernel: str | None = None,
-    network: str | None = None,
-) -> dict[int, Advice | str]:
-    """Predictions for many ranks over two link levels: the GPU's own inside a node, a network between nodes.
-
-    Assumed: one adapter a GPU; traffic inside a node and between nodes flows at the same time, so that the slower of
-    both decides; no contention between nodes; a ring's slowest hop is one between nodes. Each rank count that the heads
-    or tokens do not permit maps to the reason in words, as HCMS and Ulysses then need another split besides.
-    """
-    results: dict[int, Advice | str] = {}
-    for count in ranks:
-        try:
-            workload = Workload(seq_len, heads, count, head_dim, batch)
-        except ValueError as error:
-            results[count] = str(error)
-        else:
-            results[count] = advise(gpu, workload, kernel=kernel, network=network)
-    return results
 
 
 def _gain(costs: WorkloadCosts, hcms: Schedule, M: int) -> float:

@@ -7,7 +7,6 @@ attention of neighbouring chunks on two lanes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 Cut = tuple[int, ...]
@@ -107,17 +106,3 @@ def parse_shape(text: str | int, heads: int) -> Shape:
         found.append(parts)
     cut = parse_cut("-".join(chunks), heads)
     return Shape(cut, (found[0], found[-1]), plain != text)
-
-
-def compositions(heads: int, *, max_chunks: int | None = None) -> Iterator[Cut]:
-    """Every way to cut `heads` heads into ordered chunks: 2^(heads - 1) of them without `max_chunks`."""
-
-    def rest(left: int, chunks_left: int) -> Iterator[Cut]:
-        if left == 0:
-            yield ()
-        elif chunks_left > 0:
-            for size in range(1, left + 1):
-                for tail in rest(left - size, chunks_left - 1):
-                    yield (size, *tail)
-
-    return rest(heads, heads if max_chunks is None else max_chunks)

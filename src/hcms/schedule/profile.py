@@ -177,10 +177,6 @@ class Profile:
         if inside < ranks:
             raise ValueError(f"{self.hardware}: link {self.link!r} connects at most {inside} ranks, not {ranks}")
 
-    def with_link(self, *, gbps: float, latency_ms: float = 0.0, link: str | None = None) -> Profile:
-        """The same ranks on a link of another pace."""
-        return replace(self, levels=(Level(gbps, latency_ms),), link=link or f"{gbps:g} GB/s, {latency_ms * 1e3:g} us")
-
     def save(self, path: Path) -> None:
         """Write this profile as YAML."""
         plain = asdict(self)

@@ -12,6 +12,7 @@ import pandas as pd
 import yaml
 
 from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.names import peer_kind_by_name
 from hcms_lab.ground.paths import ROOT
 from hcms_lab.ground.records import SCHEMA, Record
 
@@ -19,7 +20,6 @@ __all__ = [
     "COLUMNS",
     "ROOT",
     "SCHEMAS",
-    "committed",
     "committed_runs",
     "config",
     "environment",
@@ -79,6 +79,8 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """Rows of records as a DataFrame with the columns and types that `records` promises."""
     table = pd.DataFrame(rows)
     table = table.reindex(columns=[*COLUMNS, *(c for c in table.columns if c not in COLUMNS)])
+    kinds = table["method"].map(peer_kind_by_name, na_action="ignore")
+    table["peer_kind"] = table["peer_kind"].where(table["peer_kind"].notna(), kinds)
     for column, kind in _FIELDS.items():
         if kind.startswith(("int", "float")):
             table[column] = pd.to_numeric(table[column])
@@ -140,11 +142,6 @@ def committed_folders(exp: str, root: Path = ROOT) -> dict[str, Path]:
     """Folders of the committed reference runs of an experiment by hardware slug, in the slugs' order."""
     files = sorted((root / "paper_tables" / "records").glob(f"*/{exp}/records.jsonl"))
     return {file.parent.parent.name: file.parent for file in files}
-
-
-def committed(exp: str, root: Path = ROOT) -> dict[str, pd.DataFrame]:
-    """Records of the committed reference runs of an experiment by hardware slug; {} where there is none."""
-    return {slug: records(folder) for slug, folder in committed_folders(exp, root).items()}
 
 
 def committed_runs(exp: str, root: Path = ROOT) -> list[pd.DataFrame]:

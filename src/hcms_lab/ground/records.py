@@ -13,7 +13,7 @@ SCHEMA = 1
 
 @dataclass(kw_only=True)
 class Record:
-    """A measured or predicted case. What does not apply is null; DESIGN's fixed names, and a few more at the end."""
+    """A measured or predicted case. What does not apply is null."""
 
     schema: int = SCHEMA
     exp: str
@@ -57,7 +57,6 @@ class Record:
     actual_path: str | None = None
     seed: int | None = None
     error: str | None = None
-    # beyond the fixed names
     frames: int | None = None
     prefetch: int | None = None
     n: int | None = None
@@ -69,6 +68,7 @@ class Record:
     plan_reason: str | None = None
     ranks_per_core: float | None = None
     version: str | None = None  # of a peer
+    peer_kind: str | None = None  # ulysses | ring | other
     tflops: float | None = None  # of a kernel by itself
     gbps: float | None = None  # of a copy or a collective by itself, bytes read and written over time
     share_of_best: float | None = None  # of a kernel's rate at the most heads, or of a copy's ceiling

@@ -15,17 +15,15 @@ from hcms_lab.ground.checks import as_list, distinct, number, one_of, readable, 
 from hcms_lab.ground.config import BaseConfig, CasesConfig, Config, LayerConfig, RoundsConfig
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.layers import MOST_FRAMES, MOST_OF_A_SIZE, check_heads, check_tokens, check_workload
+from hcms_lab.ground.names import KERNELS, PEER, PeerKind
 from hcms_lab.measure.fits import check_memory, check_pace
 from hcms_lab.measure.peers import PEERS
 
 DTYPES = tuple(ITEMSIZE)
-# Written out so that bad input is refused before torch is imported; a test holds them to kernels.py.
-KERNELS = ("sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "math", "flash-attn", "flash-attn-3", "sage")
 MOST_ROUNDS = 10**6
 MOST_RATIO = 0.95
 LOWEST = "lowest"  # a link.ratio: no pacing, so the ratio that the machine's own exchange has
 EACH = "each"  # of ranks: 2, 4 and 8, as far as there are GPUs for them; CPU ranks may share cores
-PEER = "peer:"  # a method of this prefix is a peer library's, by its adapter's name
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,11 @@ class Case:
     cut: str | None
     prefetch: int | None = None
     first: str = "exchange"
+
+    @property
+    def peer_kind(self) -> PeerKind | None:
+        """What a peer says that it is; None of a method of ours."""
+        return PEERS[self.method.removeprefix(PEER)].kind if self.method.startswith(PEER) else None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from hcms.schedule.cut import Shape, format_cut
 from hcms.schedule.profile import Profile
 from hcms.schedule.schedule import COMPUTE_2, Schedule
 from hcms.schedule.timeline import Timeline
-from hcms_lab.measure.cases import PEER, Case
+from hcms_lab.ground.names import PEER
+from hcms_lab.measure.cases import Case
 
 
 class Contestant(Protocol):

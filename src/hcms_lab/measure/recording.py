@@ -13,8 +13,9 @@ from hcms.schedule.cost import Workload, WorkloadCosts, predict
 from hcms.schedule.profile import Profile
 from hcms.schedule.schedule import Schedule
 from hcms.schedule.timeline import Timeline
+from hcms_lab.ground.names import PEER
 from hcms_lab.ground.records import Record
-from hcms_lab.measure.cases import PEER, Case, Point
+from hcms_lab.measure.cases import Case, Point
 from hcms_lab.measure.contestant import Contestant
 from hcms_lab.measure.inputs import Reference
 from hcms_lab.measure.job import Job
@@ -52,6 +53,7 @@ def _record(job: Job, point: Point, case: Case, **fields: Any) -> Record:
         load=job.load,
         world_size=point.ranks,
         method=case.method,
+        peer_kind=case.peer_kind,
         kernel=point.kernel,
         dtype=point.dtype,
         batch=point.batch,

@@ -7,7 +7,7 @@ import pandas as pd
 from hcms.schedule import catalogue
 from hcms.schedule.advice import advise
 from hcms.schedule.cost import Workload
-from hcms_lab.measure.cases import KERNELS
+from hcms_lab.ground.names import KERNELS
 from hcms_lab.report import parts
 from hcms_lab.report.claims import beyond_overlap, fixed_cuts, gains, percent
 from hcms_lab.report.stats import measured, speedups

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from hcms_lab.measure.cases import PEER
+from hcms_lab.ground.names import PEER
 from hcms_lab.report import parts
 from hcms_lab.report.stats import POINT, measured, ratio_of_medians
 
@@ -41,15 +41,6 @@ def table5(records: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def is_peer_ulysses(method: str) -> bool:
-    """Whether it is a peer's Ulysses that overlaps nothing: what the table's speeds are over."""
-    return method.startswith(PEER) and method.endswith("-ulysses")
-
-
-def is_peer_ring(method: str) -> bool:
-    return method.startswith(PEER) and ("ring" in method or "context-parallel" in method)
-
-
 def leads(records: pd.DataFrame) -> pd.DataFrame:
     """A row a point: who is ahead of whom there and by how much, without the contestants' own figures."""
     rows = []
@@ -70,7 +61,7 @@ def leads(records: pd.DataFrame) -> pd.DataFrame:
 def _lead(point: pd.DataFrame) -> dict[str, str]:
     """Who is ahead of whom at a point, in words."""
     cases = _cases(point)
-    peer, ring = _fastest(cases, is_peer_ulysses), _fastest(cases, is_peer_ring)
+    peer, ring = (_fastest([c for c in cases if c["peer_kind"] == kind]) for kind in ("ulysses", "ring"))
     whole, auto = _fastest(cases, WHOLE.__contains__), _fastest([c for c in cases if _cut(c) == "auto"])
     chunked = _fastest([c for c in cases if _cut(c) != "auto"], CHUNKED.__contains__)
     told = {"fastest peer Ulysses": _name(peer)} if peer else {}
@@ -92,7 +83,7 @@ def _contestants(cases: list[Case], points: Mapping[str, pd.DataFrame], longest:
     cells: dict[tuple[str, str], dict[str, Any]] = {_key(case): {} for case in cases}
     for label, point in points.items():
         ran = _cases(point)
-        base = _fastest(ran, is_peer_ulysses)
+        base = _fastest([c for c in ran if c["peer_kind"] == "ulysses"])
         for case in ran:
             over = f" (×{base['latency_ms'] / case['latency_ms']:.2f})" if base else ""
             cells[_key(case)][label] = f"{case['latency_ms']:.1f}{over}"

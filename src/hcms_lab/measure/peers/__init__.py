@@ -1,38 +1,45 @@
-"""Peer libraries in the benchmark: one thin adapter a file, imported only when its peer is asked for.
+"""Peer libraries in the benchmark: one thin adapter a file, which registers itself and holds no peer code.
 
-An adapter's module has a function `attention(kernel, group)` that gives the peer's own attention as a callable
-`(q_BLNH, k_BLNH, v_BLNH) -> out_BLNH`, on the same tensors, group and kernel as everyone else. None holds peer code.
+An adapter gives the peer's own attention as a callable `(q_BLNH, k_BLNH, v_BLNH) -> out_BLNH`, on the same tensors,
+group and kernel as everyone else. Modules of this package are imported where only names are asked for: they import
+torch and their peer inside their functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # so that a configuration's peers can be checked without torch
+from hcms_lab.ground.names import PeerKind
+
+if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from hcms_lab.measure.peers.adapter import Peer
+    from hcms_lab.measure.peer_contestant import Attention, Peer
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a peer is found.
+    """A peer.
 
     Args:
-        module: the adapter, in this package.
+        name: as configurations and records name it, after `peer:`.
+        kind: what it is, as Table 5 compares it.
+        attention: `(kernel, group, **options) -> Attention`. Collective where the peer makes groups of its own.
         distribution: whose version is recorded.
         package: what it is imported as, where that is another name.
         gpus_only: it has no path without CUDA and NCCL.
-        options: keyword arguments of the adapter's `attention`.
+        options: keyword arguments of `attention`.
     """
 
-    module: str
+    name: str
+    kind: PeerKind
+    attention: Callable[..., Attention]
     distribution: str
     package: str = ""
     gpus_only: bool = False
@@ -42,18 +49,17 @@ class Entry:
         object.__setattr__(self, "package", self.package or self.distribution)
 
 
-PEERS: dict[str, Entry] = {
-    "diffusers-ulysses": Entry("diffusers_ulysses", "diffusers"),
-    "diffusers-ring": Entry("diffusers_ring", "diffusers", gpus_only=True),
-    "deepspeed-ulysses": Entry("deepspeed_ulysses", "deepspeed"),
-    "torch-context-parallel": Entry("torch_context_parallel", "torch", options={"rotate": "allgather"}),
-    "torch-context-parallel-alltoall": Entry("torch_context_parallel", "torch", options={"rotate": "alltoall"}),
-    "yunchang-ulysses": Entry("yunchang_ulysses", "yunchang"),
-    "yunchang-async": Entry("yunchang_async", "yunchang", gpus_only=True),
-    "yunchang-hybrid": Entry("yunchang_hybrid", "yunchang", gpus_only=True),
-    "flashinfer-ulysses": Entry("flashinfer_ulysses", "flashinfer-python", "flashinfer", gpus_only=True),
-    "flashinfer-chunks": Entry("flashinfer_chunks", "flashinfer-python", "flashinfer", gpus_only=True),
-}
+PEERS: dict[str, Entry] = {}
+
+
+def register(entry: Entry) -> None:
+    """Add a peer.
+
+    Raises:
+        ValueError: the name is taken by another peer.
+    """
+    if PEERS.setdefault(entry.name, entry) != entry:
+        raise ValueError(f"a peer named {entry.name!r} is registered already")
 
 
 def peer(name: str, kernel: str, group: dist.ProcessGroup | None) -> Peer:
@@ -71,7 +77,7 @@ def peer(name: str, kernel: str, group: dist.ProcessGroup | None) -> Peer:
     import torch.distributed as dist
 
     from hcms.kernels import kernel as kernel_named
-    from hcms_lab.measure.peers.adapter import Peer
+    from hcms_lab.measure.peer_contestant import Peer
 
     if name not in PEERS:
         raise ValueError(f"unknown peer {name!r}: choose one of {', '.join(PEERS)}")
@@ -82,6 +88,9 @@ def peer(name: str, kernel: str, group: dist.ProcessGroup | None) -> Peer:
     assert group is not None
     if entry.gpus_only and dist.get_backend(group) != "nccl":
         raise ValueError(f"{name} runs on GPUs over NCCL only; this group is {dist.get_backend(group)!r}")
-    attention = import_module(f"{__name__}.{entry.module}").attention
-    make = partial(attention, kernel_named(kernel), group, **entry.options)
-    return Peer(name, kernel, group, make(), version(entry.distribution))
+    attention = entry.attention(kernel_named(kernel), group, **entry.options)
+    return Peer(name, kernel, group, attention, version(entry.distribution))
+
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

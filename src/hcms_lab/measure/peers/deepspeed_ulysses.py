@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from hcms.kernels import Kernel
-from hcms_lab.measure.peers.adapter import Attention
+from hcms_lab.measure.peers import Entry, register
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
+
+    from hcms.kernels import Kernel
+    from hcms_lab.measure.peer_contestant import Attention
 
 
 def attention(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
     """DeepSpeed's distributed attention over `group`, batch first."""
     import deepspeed
     import deepspeed.ops
+    import torch.distributed as dist
     from deepspeed.sequence.layer import DistributedAttention
 
     # Its shared-memory all-reduce is compiled on first use; attention never uses it, and it needs a compiler.
@@ -26,3 +32,6 @@ def attention(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
         return distributed(q_BLNH, k_BLNH, v_BLNH, 0)
 
     return attend
+
+
+register(Entry("deepspeed-ulysses", "ulysses", attention, "deepspeed"))

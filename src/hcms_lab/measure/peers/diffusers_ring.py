@@ -5,14 +5,22 @@ Its default backend gives no log-sum-exp and its flash backend has no CPU path, 
 
 from __future__ import annotations
 
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
-from hcms.kernels import Kernel
-from hcms_lab.measure.peers.adapter import Attention
+from hcms_lab.measure.peers import Entry, register
 from hcms_lab.measure.peers.diffusers_ulysses import BACKENDS, dispatched
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from hcms.kernels import Kernel
+    from hcms_lab.measure.peer_contestant import Attention
 
 
 def attention(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
     """diffusers' attention with `ring_degree` = P over `group`; plain "sdpa" is its flash backend here."""
     backend = "_native_flash" if kernel.name == "sdpa" else BACKENDS[kernel.name]
     return dispatched(backend, group, ring=True)
+
+
+register(Entry("diffusers-ring", "ring", attention, "diffusers", gpus_only=True))

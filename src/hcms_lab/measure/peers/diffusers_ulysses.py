@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
+from typing import TYPE_CHECKING
 
-from hcms.kernels import Kernel
-from hcms_lab.measure.peers.adapter import Attention
+from hcms_lab.measure.peers import Entry, register
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
+
+    from hcms.kernels import Kernel
+    from hcms_lab.measure.peer_contestant import Attention
 
 # Our kernels' names for diffusers' attention backends.
 BACKENDS = {
@@ -33,12 +37,14 @@ def dispatched(backend: str, group: dist.ProcessGroup, *, ring: bool) -> Attenti
     Raises:
         ValueError: this diffusers has no context parallelism for that backend.
     """
+    import torch.distributed as dist
     from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
     from diffusers.models.attention_dispatch import (
         AttentionBackendName,
         _AttentionBackendRegistry,
         dispatch_attention_fn,
     )
+    from torch.distributed.device_mesh import DeviceMesh
 
     name = AttentionBackendName(backend)
     if not _AttentionBackendRegistry._is_context_parallel_available(name):
@@ -57,3 +63,6 @@ def dispatched(backend: str, group: dist.ProcessGroup, *, ring: bool) -> Attenti
         return dispatch_attention_fn(q_BLNH, k_BLNH, v_BLNH, backend=name, parallel_config=config)
 
     return attend
+
+
+register(Entry("diffusers-ulysses", "ulysses", attention, "diffusers"))

@@ -6,20 +6,24 @@ a quarter, a half, a quarter of a rank's heads.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from hcms_lab.measure.peers import Entry, register
 
-from hcms.kernels import Kernel
-from hcms_lab.measure.peers.adapter import Attention
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
+
+    from hcms.kernels import Kernel
+    from hcms_lab.measure.peer_contestant import Attention
 
 
 class _Pipeline:
     """Communicators, streams and buffers for one size. Made collectively."""
 
     def __init__(self, group: dist.ProcessGroup, q_BLNH: Tensor) -> None:
+        import torch
+        import torch.distributed as dist
         from flashinfer.comm import UlyssesCommunicator  # pyright: ignore[reportMissingImports]
 
         B, L, N, H = q_BLNH.shape
@@ -49,6 +53,7 @@ def attention(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
     Raises:
         ValueError: the installed flashinfer has no head-chunk primitives.
     """
+    import torch
     from flashinfer.comm import UlyssesCommunicator  # pyright: ignore[reportMissingImports]
 
     if not hasattr(UlyssesCommunicator, "scatter_qkv_head_chunk"):
@@ -89,3 +94,6 @@ def attention(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
         return out_BLNH
 
     return attend
+
+
+register(Entry("flashinfer-chunks", "other", attention, "flashinfer-python", "flashinfer", gpus_only=True))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from hcms_lab.measure.peers import Entry, register
 
-from hcms.kernels import Kernel
-from hcms_lab.measure.peers.adapter import Attention
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor
+
+    from hcms.kernels import Kernel
+    from hcms_lab.measure.peer_contestant import Attention
 
 
 def attention(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
@@ -27,3 +30,6 @@ def attention(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
         return communicator.gather_heads(kernel.attend(q_BSMH, k_BSMH, v_BSMH).contiguous())
 
     return attend
+
+
+register(Entry("flashinfer-ulysses", "ulysses", attention, "flashinfer-python", "flashinfer", gpus_only=True))

@@ -8,33 +8,18 @@ and its dispatch knows the CUDA operations only: on CPU it gathers K and V whole
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor.experimental import _attention as cp
-from torch.nn.attention import SDPBackend
+from hcms_lab.measure.peers import Entry, register
 
-from hcms.kernels import Kernel
-from hcms_lab.measure.peers.adapter import Attention
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
 
-_CUDA = {
-    SDPBackend.FLASH_ATTENTION: (torch.ops.aten._scaled_dot_product_flash_attention, {}),
-    SDPBackend.EFFICIENT_ATTENTION: (
-        torch.ops.aten._scaled_dot_product_efficient_attention,
-        {"attn_bias": None, "compute_log_sumexp": True},
-    ),
-    SDPBackend.CUDNN_ATTENTION: (
-        torch.ops.aten._scaled_dot_product_cudnn_attention,
-        {"attn_bias": None, "compute_log_sumexp": True},
-    ),
-}
-_BACKENDS = {
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-}
+    from hcms.kernels import Kernel
+    from hcms_lab.measure.peer_contestant import Attention
+
+_BACKENDS = {"sdpa-flash": "FLASH_ATTENTION", "sdpa-efficient": "EFFICIENT_ATTENTION", "sdpa-cudnn": "CUDNN_ATTENTION"}
 
 
 def attention(kernel: Kernel, group: dist.ProcessGroup, *, rotate: Literal["allgather", "alltoall"]) -> Attention:
@@ -45,6 +30,8 @@ def attention(kernel: Kernel, group: dist.ProcessGroup, *, rotate: Literal["allg
     """
     if kernel.name not in ("sdpa", *_BACKENDS):
         raise ValueError(f"torch's context parallelism takes sdpa and its backends, not kernel {kernel.name!r}")
+    from torch.distributed.tensor.experimental import _attention as cp
+
     # The balance of causal masks; without a mask, torch refuses it.
     cp._cp_options.enable_load_balance = False
 
@@ -60,7 +47,20 @@ def attention(kernel: Kernel, group: dist.ProcessGroup, *, rotate: Literal["allg
 
 def _operation(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, dict[str, Any]]:
     """The operation behind the kernel's name; for plain sdpa, the one that sdpa itself would choose."""
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    aten = torch.ops.aten
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, {}
-    chosen = _BACKENDS.get(kernel) or SDPBackend(torch._fused_sdp_choice(q, k, v))
-    return _CUDA[chosen]
+        return aten._scaled_dot_product_flash_attention_for_cpu, {}
+    name = _BACKENDS.get(kernel) or SDPBackend(torch._fused_sdp_choice(q, k, v)).name
+    with_lse = {"attn_bias": None, "compute_log_sumexp": True}
+    return {
+        "FLASH_ATTENTION": (aten._scaled_dot_product_flash_attention, {}),
+        "EFFICIENT_ATTENTION": (aten._scaled_dot_product_efficient_attention, with_lse),
+        "CUDNN_ATTENTION": (aten._scaled_dot_product_cudnn_attention, with_lse),
+    }[name]
+
+
+for _name, _rotate in (("torch-context-parallel", "allgather"), ("torch-context-parallel-alltoall", "alltoall")):
+    register(Entry(_name, "ring", attention, "torch", options={"rotate": _rotate}))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-from torch import Tensor
+from hcms_lab.measure.peers import Entry, register
 
-from hcms.kernels import Kernel
-from hcms_lab.measure.peers.adapter import Attention
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
+
+    from hcms.kernels import Kernel
+    from hcms_lab.measure.peer_contestant import Attention
 
 RING = 2  # ranks a ring
 _KERNELS = {"sdpa": "torch_flash", "sdpa-flash": "torch_flash", "flash-attn": "fa", "flash-attn-3": "fa3"}
@@ -20,6 +23,7 @@ def attention(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
     Raises:
         ValueError: fewer than four ranks, an odd number of them, or a kernel that its ring does not have.
     """
+    import torch.distributed as dist
     from yunchang import LongContextAttention, set_seq_parallel_pg
     from yunchang.kernels import AttnType
 
@@ -35,3 +39,6 @@ def attention(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
         return layer(q_BLNH, k_BLNH, v_BLNH, causal=False)
 
     return attend
+
+
+register(Entry("yunchang-hybrid", "other", attention, "yunchang", gpus_only=True))

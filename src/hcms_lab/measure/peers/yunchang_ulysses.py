@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-from torch import Tensor
+from hcms_lab.measure.peers import Entry, register
 
-from hcms.kernels import Kernel
-from hcms_lab.measure.peers.adapter import Attention
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
+
+    from hcms.kernels import Kernel
+    from hcms_lab.measure.peer_contestant import Attention
 
 
 def attention(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
@@ -31,3 +34,6 @@ def only_qkv(kernel: Kernel) -> Any:
         return kernel.attend(q_BSmH, k_BSmH, v_BSmH)
 
     return attend
+
+
+register(Entry("yunchang-ulysses", "ulysses", attention, "yunchang"))

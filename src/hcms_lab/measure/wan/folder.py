@@ -6,8 +6,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.model_config import ModelConfig, check_model
@@ -71,15 +69,12 @@ def as_saved(model: ModelConfig, folder: Path) -> ModelConfig:
 
 def hub_refusal(name: str) -> str | None:
     """Why the hub does not give a pipeline of that name, in a few words; asks the local cache first, then once."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import file_exists, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(name, "model_index.json"), str):
+    index = "model_index.json"
+    if isinstance(try_to_load_from_cache(name, index), str):
         return None
-    asked = Request(f"{constants.ENDPOINT}/{name}/resolve/main/model_index.json", method="HEAD")
     try:
-        urlopen(asked, timeout=10).close()
-    except HTTPError as error:
-        return f"{error.code} {error.reason}"
-    except OSError as error:
-        return str(getattr(error, "reason", error))
-    return None
+        return None if file_exists(name, index) else f"no {index} under that name"
+    except Exception as error:  # huggingface_hub's own, or one of the HTTP client that its release stands on
+        return str(error).splitlines()[0]

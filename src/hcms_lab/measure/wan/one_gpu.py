@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from hcms.clip import ClipShape, Strides, layer_flops
 from hcms.diffusers import attach, restore
@@ -20,7 +20,7 @@ from hcms_lab.ground.records import Record
 from hcms_lab.measure.wan.breakdown import DENOISING, Breakdown
 from hcms_lab.measure.wan.build import materialize, transformer_on_meta
 
-CONF = ROOT / "conf" / "model"
+CONF = ROOT / "conf"
 FRAMES = (33, 61)
 WARMUP, FORWARDS = 1, 3
 
@@ -47,82 +47,40 @@ class StepRecord(Record):
 
 
 def model_config(name: str) -> ModelConfig:
-    """A model of conf/model/ without Hydra: its file over those that its defaults name.
+    """A model of conf/model/, without the rest of an experiment's configuration.
 
     Raises:
         ValueError: no such file; the message lists those that there are.
     """
-    path = CONF / f"{name}.yaml"
-    if not path.is_file():
-        raise ValueError(
-            f"unknown model {name!r}: choose one of {', '.join(sorted(p.stem for p in CONF.glob('*.yaml')))}"
-        )
-    return ModelConfig(**_merged(path))
-
-
-def _merged(path: Path) -> dict[str, Any]:
-    own = yaml.safe_load(path.read_text())
-    merged: dict[str, Any] = {}
-    for base in own.pop("defaults", []):
-        if base != "_self_":
-            merged = _merged(path.with_name(f"{base}.yaml"))
-    for key, value in own.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = {**merged[key], **value} if both else value
-    return merged
-
-
-def one_gpu_step(
-    model_name: str,
-    frames: int,
-    device: torch.device | str = "cuda",
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    hardware: str = "",
-    kernels: tuple[str, ...] = ("sdpa",),
-    height: int | None = None,
-    width: int | None = None,
-) -> list[dict[str, Any]]:
-    """Build one expert with random weights on `device` and time a forward of it, part by part.
-
-    Args:
-        model_name: a file of conf/model/.
-        frames: video frames, 4n + 1.
-        kernels: local attention to try, one record each.
-        height, width: in pixels; None is the model's own.
-
-    Returns one record a kernel, as dicts.
-    """
-    from dataclasses import asdict
-
-    return [
-        asdict(r) for r in _steps(model_name, (frames,), torch.device(device), dtype, hardware, kernels, height, width)
-    ]
+    known = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(known)}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return ModelConfig(**OmegaConf.to_container(compose(f"model/{name}").model))  # pyright: ignore[reportCallIssue]
 
 
 def one_gpu_steps(
-    hardware: str, model_name: str = "wan2.2-t2v-a14b", frames: tuple[int, ...] = FRAMES
-) -> Iterator[Record]:
-    """`one_gpu_step` at several lengths with one set of weights, as records while they are made.
-
-    Kernels: torch's choice, and cuDNN's, which is the faster one on Hopper.
-    """
-    yield from _steps(
-        model_name, frames, torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, hardware,
-        ("sdpa", "sdpa-cudnn"), None, None,
-    )  # fmt: skip
-
-
-def _steps(
-    model_name: str,
-    all_frames: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
     hardware: str,
-    kernels: tuple[str, ...],
-    height: int | None,
-    width: int | None,
+    model_name: str = "wan2.2-t2v-a14b",
+    all_frames: tuple[int, ...] = FRAMES,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    kernels: tuple[str, ...] = ("sdpa", "sdpa-cudnn"),
+    height: int | None = None,
+    width: int | None = None,
 ) -> Iterator[StepRecord]:
+    """Build one expert with random weights and time a forward of it, part by part; records come while they are made.
+
+    Args:
+        hardware: goes into the records.
+        model_name: a file of conf/model/.
+        all_frames: video frames of each length, 4n + 1.
+        device, dtype: of the expert.
+        kernels: local attention to try, one record each: torch's choice, and cuDNN's, which is faster on Hopper.
+        height, width: in pixels; None is the model's own.
+    """
+    device = torch.device(device)
     model = model_config(model_name)
     model.dtype = str(dtype).removeprefix("torch.")
     expert = materialize(transformer_on_meta(model), device, seed=0)
