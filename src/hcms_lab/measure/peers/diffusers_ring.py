@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from hcms.kernels import Kernel
 from hcms_lab.measure.peers.adapter import Attention
-from hcms_lab.measure.peers.diffusers_ulysses import BACKENDS, dispatched
+from hcms_lab.measure.peers.diffusers_ulysses import dispatched
 
 
 def attention(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
     """diffusers' attention with `ring_degree` = P over `group`; plain "sdpa" is its flash backend here."""
-    backend = "_native_flash" if kernel.name == "sdpa" else BACKENDS[kernel.name]
+    backend = "_native_flash" if kernel.name == "sdpa" else kernel.diffusers_backend
     return dispatched(backend, group, ring=True)
