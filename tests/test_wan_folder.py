@@ -1,4 +1,4 @@
-"""T1. A pipeline from a folder, as users have theirs: loaded, run by fig7 from command to figure, and by two scripts."""
+"""T1. A pipeline from a folder, as users have theirs: loaded, run by fig7 from command to figure and by two scripts."""
 
 from __future__ import annotations
 
