@@ -373,6 +373,7 @@ CHANGES = [adapt, offload, offload_leaves, checkpointed, compiled_blocks, compil
 
 def changed(place: Place, change: Callable[[Any], None]) -> dict[str, Any]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     plain = expert()
     change(plain)
     alone = run(plain)
@@ -384,7 +385,10 @@ def changed(place: Place, change: Callable[[Any], None]) -> dict[str, Any]:
         hcms.parallelize(model, place.gloo, plan="even:2")
         if when == "after":
             change(model)
-        found[when] = [(run(model) - alone).abs().max().item() for _ in range(2)]
+        found[when] = [(run(model) - alone).abs().max().item()]
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        found[when].append((run(model) - alone).abs().max().item())
+        found[f"{when}, graphs"] = (graphs, torch._dynamo.utils.counters["stats"]["unique_graphs"])
         hcms.restore(model)
         found[f"{when}, restored"] = (run(model) - alone).abs().max().item()
     return found
@@ -397,6 +401,9 @@ def test_a_changed_model_gives_the_same_on_ranks(change):
         assert found["unchanged"] is (change is not adapt) or change in (compiled, compiled_blocks, fused)
         for when in ("before", "after"):
             assert max(*found[when], found[f"{when}, restored"]) <= bound, when
+            first, second = found[f"{when}, graphs"]
+            assert first == second  # a second run compiles nothing again
+            assert (first > 0) is (change in (compiled, compiled_blocks))
 
 
 def wrapped(place: Place) -> dict[str, Any]:

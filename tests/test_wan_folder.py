@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import tiny as tiny_run
+from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.records import RecordFile
+from hcms_lab.measure.wan.random_folder import write_random
 from ranks import Place, on_ranks
 from tiny_wan import clip, pipeline, tiny
 
@@ -92,14 +94,15 @@ def test_the_experiment_records_checks_and_draws(saved, tmp_path):
     assert len(clips) == 2 * 4 * 2
 
 
-def test_two_lines_in_a_script_give_the_same_frames(saved, tmp_path):
-    """The user's script before, on one process, and after, under torchrun on two."""
+def test_two_lines_in_a_script_give_the_same_frames(tmp_path):
+    """The user's script before, on one process, and after, under torchrun on two, with a folder that anyone can write."""
+    weights = write_random(tmp_path / "wan-tiny")
     before, after = (ROOT / "examples" / name for name in ("wan_plain.py", "wan_two_lines.py"))
     code = [p.read_text().split('"""')[2].splitlines() for p in (before, after)]
     added = [line for line in code[1] if line not in code[0]]
     assert added == ["import hcms", "hcms.parallelize(pipe)"]
     assert [line for line in code[0] if line not in code[1]] == []
-    size = ["--frames", "9", "--height", "32", "--width", "48", "--steps", "2", "--weights", str(saved)]
+    size = ["--frames", "9", "--height", "32", "--width", "48", "--steps", "2", "--weights", str(weights)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     videos, runs = {}, {}
@@ -112,3 +115,11 @@ def test_two_lines_in_a_script_give_the_same_frames(saved, tmp_path):
         videos[name] = (tmp_path / f"{name}.mp4").read_bytes()
     assert len(videos["before"]) > 1000
     assert videos["after"] == videos["before"]
+
+
+def test_a_random_folder_is_only_written_where_nothing_is(tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(UsageError, match="is there already: name a folder that is new or empty"):
+        write_random(tmp_path)
+    with pytest.raises(UsageError, match="unknown model 'wan-tny': choose one of .*wan-tiny"):
+        write_random(tmp_path / "new", "wan-tny")

@@ -69,7 +69,7 @@ def _first_block_changed(hook: FBCHeadBlockHook, group: dist.ProcessGroup, resid
     # Every rank holds as many tokens, so a mean over ranks is that over tokens; a ratio needs only the sums.
     own = torch.stack([(residual_BLD - last_BLD).abs().mean(), last_BLD.abs().mean()]).float()
     # Gathered and added in one order everywhere: a reduction's result need not have the same bits on all ranks.
-    by_rank = own.new_empty(dist.get_world_size(group), 2)
+    by_rank = own.new_empty(2 * dist.get_world_size(group))
     dist.all_gather_into_tensor(by_rank, own, group=group)
-    change, scale = by_rank.sum(dim=0)
+    change, scale = by_rank.view(-1, 2).sum(dim=0)
     return (change / scale).item() > hook.threshold
