@@ -267,7 +267,7 @@ def test_a_backend_set_later_is_taken_over_or_refused_in_one_line():
 def options(place: Place) -> dict[str, Any]:
     model = expert()
     own = hcms.SequenceParallelAttention(place.gloo)
-    found = {
+    found: dict[str, Any] = {
         "both": said(lambda: hcms.parallelize(model, place.gloo, attention=own, kernel="math", prefetch=2)),
         "unknown": "nothing",
     }
@@ -368,42 +368,43 @@ def fused(model: Any) -> None:
     model.fuse_qkv_projections()
 
 
-CHANGES = [adapt, offload, offload_leaves, checkpointed, compiled_blocks, compiled, fused]
+COMPILING = [compiled_blocks, compiled]
+CHANGES = [adapt, offload, offload_leaves, checkpointed, *COMPILING, fused]
 
 
-def changed(place: Place, change: Callable[[Any], None]) -> dict[str, Any]:
+def changed(place: Place, change: Callable[[Any], None], when: str) -> dict[str, Any]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    plain = expert()
-    change(plain)
+    plain, model = expert(), expert()
+    found: dict[str, Any] = {"before the change": run(plain)}
+    if change not in COMPILING:
+        change(plain)
     alone = run(plain)
-    found: dict[str, Any] = {"unchanged": torch.equal(alone, run(expert()))}
-    for when in ("before", "after"):
-        model = expert()
-        if when == "before":
-            change(model)
-        hcms.parallelize(model, place.gloo, plan="even:2")
-        if when == "after":
-            change(model)
-        found[when] = [(run(model) - alone).abs().max().item()]
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        found[when].append((run(model) - alone).abs().max().item())
-        found[f"{when}, graphs"] = (graphs, torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        hcms.restore(model)
-        found[f"{when}, restored"] = (run(model) - alone).abs().max().item()
+    found["changes"] = not torch.equal(alone, found.pop("before the change"))
+    if when == "before":
+        change(model)
+    hcms.parallelize(model, place.gloo, plan="even:2")
+    if when == "after":
+        change(model)
+    found["off"] = [(run(model) - alone).abs().max().item()]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found["off"].append((run(model) - alone).abs().max().item())
+    found["graphs"] = (graphs, torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    hcms.restore(model)
+    found["off"].append((run(model) - alone).abs().max().item())
     return found
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_model_gives_the_same_on_ranks(change):
-    bound = 1e-5 if change in (compiled, compiled_blocks) else 0.0  # compiled code sums in an order of its own
-    for found in on_ranks(2, changed, change):
-        assert found["unchanged"] is (change is not adapt) or change in (compiled, compiled_blocks, fused)
-        for when in ("before", "after"):
-            assert max(*found[when], found[f"{when}, restored"]) <= bound, when
-            first, second = found[f"{when}, graphs"]
-            assert first == second  # a second run compiles nothing again
-            assert (first > 0) is (change in (compiled, compiled_blocks))
+def test_a_changed_model_gives_the_same_on_ranks(change, when):
+    for found in on_ranks(2, changed, change, when):
+        assert found["changes"] is (change is adapt)
+        # Compiled code may sum in an order of its own.
+        assert max(found["off"]) <= (1e-5 if change in COMPILING else 0)
+        first, second = found["graphs"]
+        assert first == second  # a second run compiles nothing again
+        assert (first > 0) is (change in COMPILING)
 
 
 def wrapped(place: Place) -> dict[str, Any]:
@@ -440,22 +441,19 @@ def test_gradients_are_refused_where_they_are_needed():
         assert "this attention is forward only" in found["needed"]
 
 
-def lora(place: Place) -> dict[str, Any]:
+def lora(model: Any) -> None:
     from peft import LoraConfig  # pyright: ignore[reportMissingImports]
 
-    def add(model: Any) -> None:
-        torch.manual_seed(0)
-        config = LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
-        model.add_adapter(config)
-
-    return changed(place, add)
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
 
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="needs peft, which is not installed")
-def test_lora_by_peft_gives_the_same_on_ranks():
-    for found in on_ranks(2, lora):
-        assert not found["unchanged"]
-        assert max(*found["before"], *found["after"]) == 0
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_lora_by_peft_gives_the_same_on_ranks(when):
+    for found in on_ranks(2, changed, lora, when):
+        assert found["changes"]
+        assert max(found["off"]) == 0
 
 
 def interrupted(place: Place) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def test_the_experiment_records_checks_and_draws(saved, tmp_path):
 
 
 def test_two_lines_in_a_script_give_the_same_frames(tmp_path):
-    """The user's script before, on one process, and after, under torchrun on two, with a folder that anyone can write."""
+    """The user's script before, on one process, and after, under torchrun on two, on a folder that anyone can write."""
     weights = write_random(tmp_path / "wan-tiny")
     before, after = (ROOT / "examples" / name for name in ("wan_plain.py", "wan_two_lines.py"))
     code = [p.read_text().split('"""')[2].splitlines() for p in (before, after)]
@@ -121,5 +121,5 @@ def test_a_random_folder_is_only_written_where_nothing_is(tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(UsageError, match="is there already: name a folder that is new or empty"):
         write_random(tmp_path)
-    with pytest.raises(UsageError, match="unknown model 'wan-tny': choose one of .*wan-tiny"):
+    with pytest.raises(UsageError, match=r"unknown model 'wan-tny': choose one of .*wan-tiny"):
         write_random(tmp_path / "new", "wan-tny")
