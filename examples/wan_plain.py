@@ -1,6 +1,8 @@
 """A clip with Wan2.2, as diffusers shows it: one process, one device.
 
 python examples/wan_plain.py --weights Wan-AI/Wan2.2-T2V-A14B-Diffusers --output clip.mp4
+
+README.md beside this says how to try it with a small random model, and what must be equal to what.
 """
 
 import argparse

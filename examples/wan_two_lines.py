@@ -1,6 +1,8 @@
 """A clip with Wan2.2 on several devices: wan_plain.py and the two lines that name hcms.
 
 torchrun --nproc_per_node 4 examples/wan_two_lines.py --weights Wan-AI/Wan2.2-T2V-A14B-Diffusers --output clip.mp4
+
+README.md beside this says how to try it with a small random model, and what must be equal to what.
 """
 
 import argparse

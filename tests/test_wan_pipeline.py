@@ -7,108 +7,18 @@ merges partial softmaxes, so it is only close.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import warnings
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-import tiny as tiny_run
-from hcms_lab.ground.model_config import ModelConfig
-from hcms_lab.ground.records import RecordFile
 from ranks import Collectives, Place, on_ranks
+from tiny_wan import TRANSFORMER, clip, diffusers, pipeline, tiny
 
 pytestmark = pytest.mark.t1
 
-diffusers = pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[diffusers]'")
-
-PARTS = pytest.importorskip("hcms_lab.measure.wan.breakdown").PARTS
-ROOT = Path(__file__).resolve().parents[1]
 RING_TOLERANCE = 1e-4  # of the largest latent, in float32
-SIZE = {"height": 32, "width": 48, "num_frames": 9}  # 3 x 4 x 6 = 72 tokens
-WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "and", "dog", "bake", "cake"]
-
-TRANSFORMER = {
-    "patch_size": [1, 2, 2],
-    "num_attention_heads": 8,
-    "attention_head_dim": 12,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 16,
-    "freq_dim": 16,
-    "ffn_dim": 64,
-    "num_layers": 2,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "eps": 1e-6,
-    "rope_max_seq_len": 32,
-}
-VAE = {
-    "base_dim": 3,
-    "z_dim": 16,
-    "dim_mult": [1, 1, 1],
-    "num_res_blocks": 1,
-    "temperal_downsample": [True, True],
-    "scale_factor_temporal": 4,
-    "scale_factor_spatial": 4,
-}
-TEXT = {"vocab_size": 384, "d_model": 16, "d_ff": 32, "num_heads": 2, "d_kv": 8, "num_layers": 1,
-        "relative_attention_num_buckets": 8, "feed_forward_proj": "gated-gelu"}  # fmt: skip
-SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000}
-
-
-def tiny(task: str = "t2v", *, expand_timesteps: bool = False, experts: int = 2) -> ModelConfig:
-    extra = 20 if task == "i2v" and not expand_timesteps else 0  # mask and image latents
-    return ModelConfig(
-        name="tiny",
-        task=task,
-        experts=experts,
-        boundary_ratio=0.875 if experts == 2 else None,
-        expand_timesteps=expand_timesteps,
-        transformer={**TRANSFORMER, "in_channels": 16 + extra},
-        vae=VAE,
-        text_encoder=TEXT,
-        scheduler=SCHEDULER,
-        dtype="float32",
-        text_tokens=16,
-        flow_shift=5.0,
-    )
-
-
-@cache
-def pipeline(task: str = "t2v", expand_timesteps: bool = False, experts: int = 2) -> Any:
-    from hcms_lab.measure.wan.build import random_pipeline
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
-    pipe = random_pipeline(tiny(task, expand_timesteps=expand_timesteps, experts=experts), torch.device("cpu"))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def clip(pipe: Any, *, guidance: float = 4.0, seed: int | None = 0, steps: int = 2, **size: int) -> torch.Tensor:
-    arguments: dict[str, Any] = {**SIZE, **size}
-    if isinstance(pipe, diffusers.WanImageToVideoPipeline):
-        from PIL import Image
-
-        arguments["image"] = Image.linear_gradient("L").convert("RGB").resize((arguments["width"], arguments["height"]))
-    return torch.from_numpy(
-        pipe(
-            prompt="a cat and a dog",
-            negative_prompt="a cake",
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            max_sequence_length=16,
-            generator=None if seed is None else torch.Generator().manual_seed(seed),
-            output_type="np",
-            **arguments,
-        ).frames
-    )
 
 
 def parallel_clips(place: Place, kind: tuple[Any, ...], methods: list[tuple[str, str]], guidance: float) -> dict:
@@ -391,96 +301,3 @@ def test_rows_of_a_linear_layer_do_not_depend_on_their_neighbours():
     for width, out in ((96, 96), (96, 64), (64, 96)):
         layer, x = torch.nn.Linear(width, out), torch.randn(1, 72, width)
         assert torch.equal(torch.cat([layer(part) for part in x.chunk(4, dim=1)], dim=1), layer(x))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """The tiny pipeline as users have theirs: a folder, with a tokenizer of nine words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    pipe = pipeline()
-    pipe.register_modules(
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        )
-    )
-    folder = tmp_path_factory.mktemp("wan")
-    pipe.save_pretrained(folder)
-    return folder
-
-
-def from_folder(place: Place, folder: Path) -> dict[str, Any]:
-    import hcms
-    from hcms_lab.measure.wan.build import pretrained_pipeline
-
-    pipe = pretrained_pipeline(tiny(), str(folder), place.device)
-    pipe.set_progress_bar_config(disable=True)
-    alone = clip(pipe)
-    hcms.parallelize(pipe, place.gloo, plan="even:2")
-    return {
-        "tokenizer": type(pipe.tokenizer).__name__,
-        "flow_shift": pipe.scheduler.config.flow_shift,
-        "experts": [pipe.transformer is not None, pipe.transformer_2 is not None],
-        "equal": torch.equal(clip(pipe), alone),
-    }
-
-
-def test_a_saved_pipeline_loads_and_gives_the_same(saved):
-    for found in on_ranks(2, from_folder, saved):
-        assert found.pop("tokenizer") != "ByT5Tokenizer"
-        assert found == {"flow_shift": 5.0, "experts": [True, True], "equal": True}
-
-
-def test_the_experiment_records_checks_and_draws(saved, tmp_path):
-    """fig7 from its command to its figure, with weights from a folder whose own sizes count."""
-    done = tiny_run.command(
-        tmp_path,
-        str(tiny_run.EXPERIMENTS / "run.py"),
-        *("+exp=fig7", "device=cpu", "ranks=2", "weights=pretrained", f"weights_path={saved}", "frames=[9,5]"),
-        *("height=32", "width=48", "link.gbps=1", "bench.iterations=2", "wandb.mode=disabled"),
-        HF_HUB_OFFLINE="1",
-    )
-    assert done.returncode == 0, done.stderr
-    folder = (tmp_path / "outputs" / "fig7" / "latest").resolve()
-    records = RecordFile(folder / "records.jsonl").read()
-    assert [(r["num_frames"], r["method"]) for r in records] == [
-        (frames, method) for frames in (9, 5) for method in ("ulysses", "ulysses-packed", "hcms", "ring")
-    ]
-    for r in records:
-        assert r["ok"]
-        assert (r["weights"], r["heads"], r["steps"], r["flow_shift"]) == ("pretrained", 8, 2, 5.0)
-        assert sum(r[f"{part}_ms"] for part in PARTS) == pytest.approx(r["latency_ms"])
-        assert len(r["step_times_ms"]) == r["steps"]
-        if r["method"] != "ring":
-            assert r["bitwise_equal"]
-            assert r["plain_bitwise_equal"]
-        assert (folder / "media" / f"video-{r['num_frames']}.mp4").stat().st_size > 500
-        assert (folder / "media" / f"still-{r['num_frames']}.png").is_file()
-    assert (folder / "fig7.png").is_file()
-    clips = (folder / "clips.jsonl").read_text().splitlines()
-    assert len(clips) == 2 * 4 * 2
-
-
-def test_two_lines_in_a_script_give_the_same_frames(saved, tmp_path):
-    """The user's script before, on one process, and after, under torchrun on two."""
-    before, after = (ROOT / "examples" / name for name in ("wan_plain.py", "wan_two_lines.py"))
-    code = [p.read_text().split('"""')[2].splitlines() for p in (before, after)]
-    added = [line for line in code[1] if line not in code[0]]
-    assert added == ["import hcms", "hcms.parallelize(pipe)"]
-    assert [line for line in code[0] if line not in code[1]] == []
-    size = ["--frames", "9", "--height", "32", "--width", "48", "--steps", "2", "--weights", str(saved)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    videos, runs = {}, {}
-    for name, command, script in (("before", [sys.executable], before), ("after", torchrun, after)):
-        line = [*command, str(script), *size, "--output", str(tmp_path / f"{name}.mp4")]
-        runs[name] = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for name, process in runs.items():
-        said, _ = process.communicate(timeout=100)
-        assert process.returncode == 0, said.decode()[-3000:]
-        videos[name] = (tmp_path / f"{name}.mp4").read_bytes()
-    assert len(videos["before"]) > 1000
-    assert videos["after"] == videos["before"]

@@ -134,6 +134,7 @@ class Kernel:
         dtypes: dtypes it takes on GPUs; empty is all floating dtypes, as on CPU.
         max_head_dim: largest head size on GPUs; None is any, as on CPU.
         package: the module to be installed, where it is not torch's own.
+        diffusers_backend: its name among diffusers' attention backends; empty where it has none.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = ()
     max_head_dim: int | None = None
     package: str | None = None
+    diffusers_backend: str = ""
 
     def runs(self, q_BSmH: Tensor, k_BTmH: Tensor, v_BTmH: Tensor) -> str:
         """The kernel that really runs on these inputs: `sdpa` chooses among others by what it is given."""
@@ -171,20 +173,46 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {
     k.name: k
     for k in (
-        Kernel("sdpa", _sdpa, _sdpa_lse),
+        Kernel("sdpa", _sdpa, _sdpa_lse, diffusers_backend="native"),
         Kernel(
             "sdpa-flash",
             _sdpa_by(SDPBackend.FLASH_ATTENTION),
             _flash_lse,
             dtypes=HALF,
             max_head_dim=_FLASH_MAX_HEAD_DIM,
+            diffusers_backend="_native_flash",
         ),
-        Kernel("sdpa-efficient", _sdpa_by(SDPBackend.EFFICIENT_ATTENTION), _efficient_lse, devices=("cuda",)),
-        Kernel("sdpa-cudnn", _sdpa_by(SDPBackend.CUDNN_ATTENTION), _cudnn_lse, ("cuda",), HALF, max_head_dim=256),
-        Kernel("math", lambda q, k, v: _math_lse(q, k, v)[0], _math_lse),
-        Kernel("flash-attn", _flash_attn, _flash_attn_lse, ("cuda",), HALF, 256, "flash_attn"),
-        Kernel("flash-attn-3", _flash_attn_3, _flash_attn_3_lse, ("cuda",), HALF, 256, "flash_attn_interface"),
-        Kernel("sage", _sage, None, ("cuda",), HALF, 128, "sageattention"),
+        Kernel(
+            "sdpa-efficient",
+            _sdpa_by(SDPBackend.EFFICIENT_ATTENTION),
+            _efficient_lse,
+            devices=("cuda",),
+            diffusers_backend="_native_efficient",
+        ),
+        Kernel(
+            "sdpa-cudnn",
+            _sdpa_by(SDPBackend.CUDNN_ATTENTION),
+            _cudnn_lse,
+            ("cuda",),
+            HALF,
+            max_head_dim=256,
+            diffusers_backend="_native_cudnn",
+        ),
+        Kernel("math", lambda q, k, v: _math_lse(q, k, v)[0], _math_lse, diffusers_backend="_native_math"),
+        Kernel(
+            "flash-attn", _flash_attn, _flash_attn_lse, ("cuda",), HALF, 256, "flash_attn", diffusers_backend="flash"
+        ),
+        Kernel(
+            "flash-attn-3",
+            _flash_attn_3,
+            _flash_attn_3_lse,
+            ("cuda",),
+            HALF,
+            256,
+            "flash_attn_interface",
+            diffusers_backend="_flash_3",
+        ),
+        Kernel("sage", _sage, None, ("cuda",), HALF, 128, "sageattention", diffusers_backend="sage"),
     )
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hcms_lab.measure.peers import Entry, register
-from hcms_lab.measure.peers.diffusers_ulysses import BACKENDS, dispatched
+from hcms_lab.measure.peers.diffusers_ulysses import dispatched
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def attention(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
     """diffusers' attention with `ring_degree` = P over `group`; plain "sdpa" is its flash backend here."""
-    backend = "_native_flash" if kernel.name == "sdpa" else BACKENDS[kernel.name]
+    backend = "_native_flash" if kernel.name == "sdpa" else kernel.diffusers_backend
     return dispatched(backend, group, ring=True)
 
 

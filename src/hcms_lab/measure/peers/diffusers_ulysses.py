@@ -13,22 +13,10 @@ if TYPE_CHECKING:
     from hcms.kernels import Kernel
     from hcms_lab.measure.peer_contestant import Attention
 
-# Our kernels' names for diffusers' attention backends.
-BACKENDS = {
-    "sdpa": "native",
-    "sdpa-flash": "_native_flash",
-    "sdpa-efficient": "_native_efficient",
-    "sdpa-cudnn": "_native_cudnn",
-    "math": "_native_math",
-    "flash-attn": "flash",
-    "flash-attn-3": "_flash_3",
-    "sage": "sage",
-}
-
 
 def attention(kernel: Kernel, group: dist.ProcessGroup) -> Attention:
     """diffusers' attention with `ulysses_degree` = P over `group`."""
-    return dispatched(BACKENDS[kernel.name], group, ring=False)
+    return dispatched(kernel.diffusers_backend, group, ring=False)
 
 
 def dispatched(backend: str, group: dist.ProcessGroup, *, ring: bool) -> Attention:

@@ -132,7 +132,7 @@ class Breakdown:
         undo: list[Callable[[], None]],
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        original = getattr(owner, method)
+        original, of_its_own = getattr(owner, method), method in owner.__dict__
 
         @wraps(original)
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -142,7 +142,7 @@ class Breakdown:
             return result
 
         owner.__dict__[method] = noted  # on this object alone; past nn.Module's own bookkeeping
-        undo.append(lambda: owner.__dict__.pop(method))
+        undo.append(lambda: owner.__dict__.update({method: original}) if of_its_own else owner.__dict__.pop(method))
 
     @property
     def total_ms(self) -> float:
