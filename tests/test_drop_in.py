@@ -1,4 +1,4 @@
-"""T1. What users change on a pipeline beside `hcms.parallelize` comes out right on all ranks, or is refused by name."""
+"""What users change on a pipeline beside `hcms.parallelize` comes out right on all ranks, or is refused by name."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch import nn
 import hcms
 from ranks import Place, on_ranks
 from tiny_wan import TRANSFORMER, clip, diffusers, pipeline, tiny
+
+pytestmark = pytest.mark.t1
 
 dispatch = pytest.importorskip("diffusers.models.attention_dispatch")
 WanAttnProcessor = pytest.importorskip("diffusers.models.transformers.transformer_wan").WanAttnProcessor

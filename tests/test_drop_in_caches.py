@@ -1,4 +1,4 @@
-"""T1. diffusers' caches skip the same layers on all ranks as on one process, or are refused by name; none hangs."""
+"""diffusers' caches skip the same layers on all ranks as on one process, or are refused by name; none hangs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 import hcms
 from ranks import Place, on_ranks
 from tiny_wan import clip, pipeline, tiny
+
+pytestmark = pytest.mark.t1
 
 hooks = pytest.importorskip("diffusers.hooks")
 first_block = pytest.importorskip("diffusers.hooks.first_block_cache")

@@ -1,4 +1,4 @@
-"""T1. A pipeline from a folder, as users have theirs: loaded, run by fig7 from command to figure and by two scripts."""
+"""A pipeline from a folder, as users have theirs: loaded, run by fig7 from command to figure and by two scripts."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from hcms_lab.ground.records import RecordFile
 from hcms_lab.measure.wan.random_folder import write_random
 from ranks import Place, on_ranks
 from tiny_wan import clip, pipeline, tiny
+
+pytestmark = pytest.mark.t1
 
 PARTS = pytest.importorskip("hcms_lab.measure.wan.breakdown").PARTS
 ROOT = Path(__file__).resolve().parents[1]
