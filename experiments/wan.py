@@ -23,7 +23,7 @@ from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.model_config import ClipConfig, ModelConfig, chosen_model, clips_of
 from hcms_lab.ground.names import KERNELS
 from hcms_lab.ground.records import RecordFile, derived_gbps
-from hcms_lab.measure.cases import Case, Point, check_run, device_of, link_of, ranks_of, ratios_of
+from hcms_lab.measure.cases import Case, Point, check_run, device_of, latency_us_of, link_of, ranks_of, ratios_of
 from hcms_lab.measure.fits import check_pace
 from hcms_lab.measure.progress import progress
 from hcms_lab.measure.wan.folder import as_saved
@@ -71,7 +71,7 @@ def validate(cfg: Settings) -> None:
             if link_of(cfg) == "emulated":
                 head_dim = model.transformer["attention_head_dim"]
                 layer = Workload(clip.tokens, heads, ranks, head_dim, 1, model.dtype)
-                check_pace(layer, cfg.link.gbps, cfg.link.latency_us)
+                check_pace(layer, cfg.link.gbps, latency_us_of(cfg))
     if missing := [name for name in NEEDS if find_spec(name) is None]:
         raise UsageError(f"{cfg.name} needs {', '.join(missing)}: pip install -e '.[lab]'")
     _check_kernel(cfg, model)

@@ -11,10 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hcms.kernels import Kernel
-from hcms.links import emulated
+from hcms.lanes.cuda import side_stream
+from hcms.links import emulated, ghost
 from hcms.objects import everyones, firsts
+from hcms.occupancy import occupancy
 from hcms.schedule.profile import Profile, fit
-from hcms.schedule.schedule import serial
+from hcms.schedule.schedule import COMM, serial
 from hcms.transport.layout import HeadExchange, LayerShape
 
 _ROUNDS, _REPEATS = 2, 2
@@ -36,14 +38,14 @@ def calibrate(
     Runs whole exchanges of chunks of 1, 2, 3, 5, 10 and all M heads, piece by piece, and takes low medians of the
     slowest rank. It costs about two dozen attention calls; buffers are freed when it returns.
     """
-    measuring = _Measuring(group, device)
+    measuring = _Measuring(group, device, shape.heads)
     P, M = measuring.ranks, shape.heads // measuring.ranks
     sizes = sorted({h for h in _CHUNKS_OF_HEADS if h < M} | {M})
     # In rounds, so that a disturbance of a second or two spoils one round of a size and not all that is known of it.
     for _ in range(_ROUNDS):
         for m in sizes:
             _measure_chunk(measuring, shape, m, dtype, kernel, heads_first, smallest=m == sizes[0], whole=m == M)
-        if P > 1:
+        if P > 1 and kernel.gives_lse:
             _measure_ring(measuring, shape, dtype, kernel)
     by_rank = everyones(measuring.samples, group)
     slowest = [
@@ -72,10 +74,23 @@ def calibrate(
 class _Measuring:
     """Times pieces on all ranks at once and keeps the samples."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.group, self.device = group, device
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, heads: int) -> None:
+        self.group, self.device, self.heads = group, device, heads
         self.ranks = dist.get_world_size(group)
         self.samples: list[dict[str, Any]] = []
+        self._is_ghost = dist.get_backend(group) == ghost.NAME
+
+    def lay(self, call: Callable[[], object]) -> None:
+        """A first call; where peers are memory, what they send is laid down by it."""
+        if self._is_ghost:
+            ghost.WIRE.prepare(self.heads)
+        call()
+        if self._is_ghost:
+            self.synchronize()
+
+    def rewind(self) -> None:
+        if self._is_ghost:
+            ghost.WIRE.replay()
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -83,18 +98,25 @@ class _Measuring:
 
     def once_ms(self, call: Callable[[], object]) -> float:
         """One call from a common start until its result is on the device."""
+        self.rewind()
         self.synchronize()
         dist.barrier(self.group)
         self.synchronize()
+        if self.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            self.synchronize()
+            return begin.elapsed_time(end)
         began_s = perf_counter()
         call()
-        self.synchronize()
         return (perf_counter() - began_s) * 1e3
 
     def take(self, op: str, call: Callable[[], object], *, warm: bool = True, **size: int) -> float:
         """Warm up, then `_REPEATS` samples of `op` at a size; returns the least time."""
         if warm:
-            call()
+            self.lay(call)
         times_ms = [self.once_ms(call) for _ in range(_REPEATS)]
         self.samples += [{"op": op, "ms": ms, **size} for ms in times_ms]
         return min(times_ms)
@@ -140,19 +162,24 @@ def _measure_chunk(
         "exchange", lambda: exchange.send_back(0, o_BSmH, group, False), bytes_off_rank=tensor_bytes * (P - 1) // P
     )
     measuring.take("unpack", lambda: exchange.receive_back(0), bytes=tensor_bytes)
-    if smallest and device.type == "cpu":
+    if smallest:
         _measure_host(measuring, exchange)
     if whole and P > 1:
         _measure_interference(measuring, exchange, kernel, qkv, attend_ms, exchange_ms)
+        if device.type == "cuda":
+            measuring.samples.append(occupancy(measuring, exchange, kernel, qkv, attend_ms))
 
 
 def _measure_host(measuring: _Measuring, exchange: HeadExchange) -> None:
     """The issuing thread's time for one asynchronous exchange, without what other ranks on its core took of it."""
     issue_ms: list[float] = []
+    on_host = measuring.device.type == "cpu"
     for _ in range(_REPEATS):
+        measuring.rewind()
+        measuring.synchronize()
         dist.barrier(measuring.group)
         began_s = perf_counter()
-        work = exchange.exchange(0, "qkv", measuring.group, True)
+        work = exchange.exchange(0, "qkv", measuring.group, on_host)
         issue_ms.append((perf_counter() - began_s) * 1e3)
         if work is not None:
             work.wait()
@@ -169,21 +196,24 @@ def _measure_interference(
 ) -> None:
     """How much longer attention takes with a whole exchange beside it, by the time that the two overlap."""
     device, group = measuring.device, measuring.group
-    side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+    side = side_stream(device, COMM) if device.type == "cuda" else None
     # The kernel reads copies: the exchange beside it writes the buffers that it would read.
     qkv = [x.clone() for x in qkv]
 
     def attend_beside() -> float:
+        measuring.rewind()
         measuring.synchronize()
         dist.barrier(group)
         measuring.synchronize()
         if side is not None:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             with torch.cuda.stream(side):
                 exchange.exchange(0, "qkv", group, False)
-            began_s = perf_counter()
+            begin.record()
             kernel.attend(*qkv)
-            torch.cuda.current_stream(device).synchronize()
-            return (perf_counter() - began_s) * 1e3
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end)
         work = exchange.exchange(0, "qkv", group, True)
         began_s = perf_counter()
         kernel.attend(*qkv)

@@ -44,14 +44,15 @@ class LinkConfig:
 
     `emulated` paces Gloo to `latency_us` and a bandwidth: `gbps` where given, else derived so that serial Ulysses
     has the communication ratio `ratio` (a list sweeps it). `native` is what the process group has: NCCL or Gloo.
-    `auto` is `native` on GPUs and `emulated` without.
+    `ghost` is one rank of P on one GPU, its peers pinned memory behind the card's own PCIe; `gbps` and `latency_us`
+    may slow it. `auto` is `native` on several GPUs, `ghost` on one and `emulated` without.
     """
 
-    kind: str = "auto"  # auto | emulated | native
-    ratio: Any = 0.25  # a ratio or a list of them, each in (0, 1); ignored where gbps is given or the link is native
+    kind: str = "auto"  # auto | native | ghost | emulated
+    ratio: Any = 0.25  # a ratio or a list of them, each in (0, 1); for an emulated link without gbps
     ratio_at: Any = "longest"  # derive the bandwidth at the longest sequence, at `each`, or at so many latent frames
     gbps: float | None = None  # 10^9 bytes a second leaving a rank
-    latency_us: float = 50.0
+    latency_us: float | None = None  # null is 50 on an emulated link, nothing on others
 
 
 @dataclass

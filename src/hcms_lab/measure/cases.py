@@ -7,10 +7,9 @@ from itertools import product
 from typing import Any
 
 from hcms.hardware import visible_gpus
-from hcms.methods import METHODS
+from hcms.methods import METHODS, shape_for
 from hcms.schedule import profile
 from hcms.schedule.cost import ITEMSIZE, Workload
-from hcms.schedule.cut import format_cut, parse_cut
 from hcms_lab.ground.checks import as_list, distinct, number, one_of, readable, whole
 from hcms_lab.ground.config import BaseConfig, CasesConfig, Config, LayerConfig, RoundsConfig
 from hcms_lab.ground.errors import UsageError
@@ -78,28 +77,44 @@ def device_of(cfg: BaseConfig) -> str:
 
 
 def link_of(cfg: Config) -> str:
-    if cfg.link.kind not in ("auto", "emulated", "native"):
-        raise UsageError(f"link.kind={cfg.link.kind}: choose auto, emulated or native")
-    device = device_of(cfg)
-    if cfg.link.kind == "auto":
-        return "native" if device == "cuda" else "emulated"
-    if cfg.link.kind == "emulated" and device == "cuda":
-        raise UsageError("link.kind=emulated: GPUs use their real link; give link.kind=native, or device=cpu")
-    return cfg.link.kind
+    """The link's name: as configured, or by what is here: several GPUs' own, one GPU's ghost, emulated on CPU."""
+    from hcms.links import links
+
+    device, kind = device_of(cfg), cfg.link.kind
+    if kind == "auto":
+        return "emulated" if device == "cpu" else "native" if visible_gpus() > 1 else "ghost"
+    one_of("link.kind", kind, ("auto", *links()))
+    if device not in links()[kind].devices:
+        able = ", ".join(name for name, link in links().items() if device in link.devices)
+        other = "; or give device=cpu" if device == "cuda" else ""
+        raise UsageError(f"link.kind={kind}: it does not connect {device}; choose one of {able}{other}")
+    return kind
+
+
+def latency_us_of(cfg: Config) -> float:
+    """What is added to each work: as configured, or 50 µs on an emulated link, nothing on one that is there."""
+    if cfg.link.latency_us is not None:
+        return cfg.link.latency_us
+    return 50.0 if link_of(cfg) == "emulated" else 0.0
 
 
 def ranks_of(cfg: Config) -> list[int]:
+    """The rank counts: as configured, or every visible GPU, 4 where one process stands for all, 2 on a CPU."""
+    from hcms.links import links
+
     device = device_of(cfg)
+    one_for_all = links()[link_of(cfg)].processes == "one"
+    most = MOST_OF_A_SIZE if device == "cpu" or one_for_all else visible_gpus()
     if cfg.ranks == EACH:
-        fitting = [p for p in (2, 4, 8) if device == "cpu" or p <= visible_gpus()]
+        fitting = [p for p in (2, 4, 8) if p <= most]
         if not fitting:
-            raise UsageError(f"ranks={EACH}: it takes 2 GPUs or more, {visible_gpus()} is visible; give device=cpu")
+            raise UsageError(f"ranks={EACH}: it takes 2 GPUs or more, {most} is visible; give device=cpu")
         return fitting
-    wanted = as_list(cfg.ranks) or [max(visible_gpus(), 1) if device == "cuda" else 2]
+    wanted = as_list(cfg.ranks) or [4 if one_for_all else most if device == "cuda" else 2]
     for ranks in wanted:
-        whole("ranks", ranks, high=MOST_OF_A_SIZE)
-        if device == "cuda" and ranks > visible_gpus():
-            raise UsageError(f"ranks={ranks}: only {visible_gpus()} GPUs are visible; give at most that many")
+        whole("ranks", ranks, 2 if one_for_all else 1, high=MOST_OF_A_SIZE)
+        if ranks > most:
+            raise UsageError(f"ranks={ranks}: only {most} GPUs are visible; give at most that many")
     return wanted
 
 
@@ -128,7 +143,7 @@ def cases_of(
             for cut in [own_cut] if own_cut else cuts:
                 if cut != "auto":
                     try:
-                        cut = format_cut(parse_cut(cut, heads_a_rank))
+                        cut = str(shape_for(METHODS[method], cut, heads_a_rank))
                     except ValueError as error:
                         raise UsageError(f"cuts={cut} with ranks={ranks}: {error}") from None
                 cases[Case(method, str(cut), prefetch, first)] = None
@@ -152,12 +167,17 @@ def check_run(cfg: Config) -> None:
         UsageError: one line on the first such setting.
     """
     check_rounds(cfg.bench)
+    one_of("bench.load", cfg.bench.load, ("auto", "sustained", "rested"))
+    one_of("bench.graph", cfg.bench.graph, ("auto", "off"))
+    number("bench.block_ms", cfg.bench.block_ms, 1, 60_000)
+    number("bench.rest_ms", cfg.bench.rest_ms, 0, 60_000)
     whole("bench.seed", cfg.bench.seed, 0)
     check_ranks(cfg.ranks)
     if cfg.link.gbps is not None:
         otherwise = ", or null to derive it from link.ratio"
         number("link.gbps", cfg.link.gbps, 0, 1e6, above=True, otherwise=otherwise)
-    number("link.latency_us", cfg.link.latency_us, 0, 1e6)
+    if cfg.link.latency_us is not None:
+        number("link.latency_us", cfg.link.latency_us, 0, 1e6)
     if not isinstance(cfg.link.ratio_at, str):
         whole("link.ratio_at", cfg.link.ratio_at, high=MOST_FRAMES)
     elif cfg.link.ratio_at not in ("longest", "each"):
@@ -238,5 +258,5 @@ def points(cfg: LayerConfig) -> list[Point]:
         layer = Workload(p.seq_len, p.heads, p.ranks, p.head_dim, p.batch, p.dtype)
         check_memory(layer, f"latent_frames={p.frames}", device)
         if link_of(cfg) == "emulated":
-            check_pace(layer, cfg.link.gbps, cfg.link.latency_us)
+            check_pace(layer, cfg.link.gbps, latency_us_of(cfg))
     return grid

@@ -9,7 +9,7 @@ from typing import Any
 
 from hcms.hardware import cores, hardware
 from hcms_lab.ground.config import Config
-from hcms_lab.measure.cases import Point, device_of, link_of
+from hcms_lab.measure.cases import Point, device_of, latency_us_of, link_of
 
 SUSTAINED, RESTED = "sustained", "rested"
 
@@ -64,7 +64,7 @@ class Job:
             "hardware": hardware(device).slug,
             "link": link_of(cfg),
             "gbps": cfg.link.gbps,
-            "latency_us": cfg.link.latency_us,
+            "latency_us": latency_us_of(cfg),
             "ratio_at": cfg.link.ratio_at,
             "iterations": cfg.bench.iterations,
             "warmup": cfg.bench.warmup,

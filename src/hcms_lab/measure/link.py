@@ -7,7 +7,7 @@ from statistics import median
 
 import torch
 
-from hcms.links import emulated
+from hcms.links import emulated, ghost
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.cases import Case, Point
 from hcms_lab.measure.contestant import contestant
@@ -21,11 +21,14 @@ _ROUNDS = 3
 
 
 def settle(rank: Rank, job: Job, point: Point, gbps_of_ratio: dict[float, float]) -> float | None:
-    """Set the link for a point; returns its bandwidth in GB/s, None where it is native or as fast as Gloo is.
+    """Set the link for a point; returns its bandwidth in GB/s, None where it is as fast as it can be.
 
     Raises:
         UsageError: the ratio lies below what this machine's own exchange takes.
     """
+    if job.link == "ghost":
+        ghost.WIRE.slow(gbps=job.gbps, latency_us=job.latency_us)
+        return job.gbps
     if job.link != "emulated":
         return None
     gbps = job.gbps

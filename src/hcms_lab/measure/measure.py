@@ -31,7 +31,6 @@ from hcms_lab.measure.timing import Sample, block, calls_a_block, gathered, sing
 from hcms_lab.measure.wire import Wire, wire
 
 ULYSSES = Case("ulysses", None)
-_UNDER_LOAD = 2  # eager calls right after a block: the last one's timeline is that of a card as warm as the block's
 
 
 def measure(rank: Rank, job: Job, tick: Callable[[str], None]) -> None:
@@ -164,9 +163,9 @@ class _Bench:
             t.samples.append(block(self.rank, call, t.calls, self.sensors, self.wire.rewind))
         else:
             t.samples.append(single(self.rank, call, self.job.rest_ms, self.sensors, self.wire.rewind))
-        for _ in range(_UNDER_LOAD):
-            self.wire.rewind()
-            entrant.eager(**x)
+        # Right after the block, on a card as warm as it was: what is serial of it tells attention from communication.
+        self.wire.rewind()
+        entrant.eager(**x)
         self._keep_timeline(t)
         # The same call once more, whose output and traffic are looked at: buffers are spoilt before it.
         entrant.poison()

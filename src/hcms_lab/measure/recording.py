@@ -134,7 +134,9 @@ def recorded(
         else:
             _fill(record, t, t.entrant, given)
             if t.entrant.schedule is not None:
-                record.predicted_ms = _predicted_ms(point, t.case, t.entrant.schedule, profile)
+                record.predicted_ms = _predicted_ms(
+                    point, t.case, t.entrant.schedule, profile, graph=job.graph == "auto"
+                )
             elif t.case.method == "ceiling" and profile is not None:
                 record.predicted_ms = profile.attention_ms(point.seq_len, point.heads_a_rank, point.batch)
             if rank.first and t.timelines and record.ok:
@@ -183,11 +185,13 @@ def _trace(job: Job, point: Point, number: int, t: Timed, record: Record) -> Non
     t.timelines[typical].to_chrome_trace(Path(job.folder) / "traces" / f"{name}{ratio}.json")
 
 
-def _predicted_ms(point: Point, case: Case, schedule: Schedule, profile: Profile | None) -> float | None:
+def _predicted_ms(
+    point: Point, case: Case, schedule: Schedule, profile: Profile | None, *, graph: bool
+) -> float | None:
     if profile is None:
         return None
     workload = Workload(point.seq_len, point.heads, point.ranks, point.head_dim, point.batch, point.dtype)
-    timeline = predict(schedule, WorkloadCosts(profile, workload))
+    timeline = predict(schedule, WorkloadCosts(profile, workload, graph=graph))
     return timeline.attention_ms if case.method == "ceiling" else timeline.duration_ms
 
 

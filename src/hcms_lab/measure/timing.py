@@ -22,7 +22,7 @@ from hcms_lab.measure.launch import Rank
 from hcms_lab.measure.sensors import Sensors
 
 _AHEAD = 2  # calls that the host may be ahead of the device in a block, as in a model's layers
-_FEWEST, _MOST = 4, 1000  # calls a block
+_FEWEST, _MOST = 2, 1000  # calls a block
 
 
 @dataclass(frozen=True)

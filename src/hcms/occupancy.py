@@ -1,0 +1,91 @@
+"""What attention leaves of a GPU to others while it runs: measured, as no kernel's documentation says it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median_low
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hcms.kernels import Kernel
+from hcms.lanes.cuda import side_stream
+from hcms.schedule.schedule import COMM, COMPUTE_2
+from hcms.transport.layout import HeadExchange
+
+_REPEATS = 3
+_BLOCKED = 0.5  # of the attention that was left when it was issued: waited that long, it was held up by it
+_INTO = 0.25  # how far into an attention the other work is issued
+
+
+class Measuring(Protocol):
+    group: dist.ProcessGroup
+    device: torch.device
+
+    def rewind(self) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+def occupancy(
+    measuring: Measuring, exchange: HeadExchange, kernel: Kernel, qkv: list[Tensor], attend_ms: float
+) -> dict[str, Any]:
+    """A sample for `fit`: does attention hold every SM, does an exchange need one, what do two lanes give.
+
+    Copies and exchanges are issued while attention of all heads runs, and take either their own time or until its end.
+    Collective. Call it with the chunk's own exchange, whose buffers it writes.
+    """
+    qkv = [x.clone() for x in qkv]
+    side = side_stream(measuring.device, COMM)
+
+    def under_attention_ms(work: Callable[[], object]) -> float:
+        measuring.rewind()
+        measuring.synchronize()
+        dist.barrier(measuring.group)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        kernel.attend(*qkv)
+        time.sleep(_INTO * attend_ms / 1e3)
+        with torch.cuda.stream(side):
+            begin.record()
+            work()
+            end.record()
+        measuring.synchronize()
+        return begin.elapsed_time(end)
+
+    def usual_ms(work: Callable[[], object]) -> float:
+        return median_low([under_attention_ms(work) for _ in range(_REPEATS)])
+
+    left_ms = (1 - _INTO) * attend_ms
+    return {
+        "op": "occupancy",
+        "holds_sms": usual_ms(lambda: exchange.pack(0, "qkv")) > _BLOCKED * left_ms,
+        "wire_needs_sms": usual_ms(lambda: exchange.exchange(0, "qkv", measuring.group, False)) > _BLOCKED * left_ms,
+        "fill_speedup": _fill_speedup(measuring, kernel, qkv),
+    }
+
+
+def _fill_speedup(measuring: Measuring, kernel: Kernel, qkv: list[Tensor]) -> float:
+    """Attention head by head on one stream, over the same on two in turn."""
+    second = side_stream(measuring.device, COMPUTE_2)
+    heads = range(min(6, qkv[0].shape[2]))
+
+    def once_ms(streams: list[torch.cuda.Stream]) -> float:
+        current = torch.cuda.current_stream(measuring.device)
+        measuring.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        second.wait_stream(current)
+        for m in heads:
+            with torch.cuda.stream(streams[m % len(streams)]):
+                kernel.attend(*(x[:, :, m : m + 1] for x in qkv))
+        current.wait_stream(second)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    current = torch.cuda.current_stream(measuring.device)
+    once_ms([current, second])
+    in_turn = [(once_ms([current]), once_ms([current, second])) for _ in range(_REPEATS)]
+    return median_low([one / two for one, two in in_turn])
