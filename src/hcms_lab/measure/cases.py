@@ -153,6 +153,7 @@ def check_run(cfg: Config) -> None:
     """
     check_rounds(cfg.bench)
     whole("bench.seed", cfg.bench.seed, 0)
+    number("bench.timeout_s", cfg.bench.timeout_s, 1, 86_400)
     check_ranks(cfg.ranks)
     if cfg.link.gbps is not None:
         otherwise = ", or null to derive it from link.ratio"
