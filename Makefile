@@ -24,7 +24,7 @@ endif
 NBCONVERT := -m nbconvert --log-level=WARN --to notebook --execute --output-dir outputs/notebooks
 
 .PHONY: help setup fig3 test lint types notebooks-check check format notebooks reproduce readme readme-check sync site \
-	gpu-one gpu-four clean
+	gpu-one gpu-four soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -86,6 +86,9 @@ gpu-one: $(SETUP) ## what one GPU can measure
 
 gpu-four: $(SETUP) ## what two to eight GPUs can measure
 	$(PY) experiments/gpu_four.py $(ARGS)
+
+soak: $(SETUP) ## 30 minutes of the same cases: nothing grows, no result changes (ARGS="minutes=2")
+	$(PY) experiments/run.py +exp=soak $(ARGS)
 
 clean: ## remove .venv and caches; runs under outputs/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis src/*.egg-info

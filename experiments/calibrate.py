@@ -45,7 +45,7 @@ def run(cfg: Settings, folder: Path) -> bool:
     device, link, grid = device_of(cfg), link_of(cfg), points(cfg)
     ranks = grid[0].ranks
     job = Job.of(cfg, ranks, tuple(grid), folder, ratio_at="longest")
-    launch(_on_rank, ranks, job, device=device, link=link, folder=folder)
+    launch(_on_rank, ranks, job, device=device, link=link, folder=folder, timeout_s=cfg.bench.timeout_s)
     path = folder / "profile.yaml"
     profile = load(path)
     shown = Table(title=f"{profile.hardware}, {profile.world_size} ranks, {profile.backend}: {profile.link}")

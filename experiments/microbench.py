@@ -90,7 +90,17 @@ def run(cfg: Settings, folder: Path) -> bool:
                 gbps_of_ratio=derived_gbps(found, ranks),
                 sweeps=len({(p.ranks, p.link_ratio) for p in todo}) > 1,
             )
-            launch(_on_rank, ranks, job, ticks, device=device, link=link, folder=folder, poll=show)
+            launch(
+                _on_rank,
+                ranks,
+                job,
+                ticks,
+                device=device,
+                link=link,
+                folder=folder,
+                poll=show,
+                timeout_s=cfg.bench.timeout_s,
+            )
     found = file.read()
     shown, console = table(found, f"{cfg.name}: {slug}, link {link}"), Console()
     # Numbers are never cut: a narrow terminal wraps lines, a pipe gets the table's own width.

@@ -16,6 +16,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from shutil import disk_usage
 from tempfile import TemporaryDirectory
 from textwrap import shorten
 from types import ModuleType
@@ -33,6 +34,7 @@ from hcms_lab.ground.config import AXES, WANDB_MODES, BaseConfig
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.experiments import Experiment, experiment, experiments, names
 from hcms_lab.measure.cases import device_of
+from hcms_lab.measure.stop import Stopped, stoppable
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -52,6 +54,7 @@ USED_MOST = {
     "wandb.mode=disabled": "offline | online | disabled",
     "resume=FOLDER": "go on with a run that was cut off",
 }
+ROOM_BYTES = 2**20  # what a run's folder takes before its first record, and some
 
 if str(HERE) not in sys.path:  # where the scripts of the kinds are imported from
     sys.path.insert(0, str(HERE))
@@ -161,6 +164,8 @@ def check(module: ModuleType, cfg: BaseConfig, exp: str) -> None:
         Path(cfg.output).mkdir(parents=True, exist_ok=True)
         if not os.access(cfg.output, os.W_OK):
             raise PermissionError("it may not be written")
+        if disk_usage(cfg.output).free < ROOM_BYTES:
+            raise OSError("the disk is full")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"output={cfg.output}: no folder to write to ({why}); give one that can be made") from None
@@ -279,4 +284,9 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        with stoppable():
+            main(sys.argv[1:])
+    except Stopped as stopped:
+        print(f"error: {stopped}", file=sys.stderr)
+        sys.exit(stopped.status)

@@ -122,7 +122,17 @@ def run(cfg: Settings, folder: Path | None) -> bool:
                 vae_tiling=cfg.vae_tiling,
                 compare_plain=cfg.compare_plain,
             )
-            launch(_on_rank, ranks, clip_job, ticks, device=device, link=link, folder=folder, poll=show)
+            launch(
+                _on_rank,
+                ranks,
+                clip_job,
+                ticks,
+                device=device,
+                link=link,
+                folder=folder,
+                poll=show,
+                timeout_s=cfg.bench.timeout_s,
+            )
     found = file.read()
     console = Console()
     if not console.is_terminal:

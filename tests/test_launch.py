@@ -1,96 +1,24 @@
-"""Ranks start, log and end together; one that dies takes the run down in its own words, and leaves no process."""
+"""Ranks start, log and end together, and know their place. What becomes of faults is in test_faults.py."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from time import time
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
 import tiny
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.measure.launch import Rank, RankFailed, launch
+from hcms_lab.measure.launch import Rank, RankFailed, launch, together
 
 pytestmark = pytest.mark.t1
 
 RUN = tiny.EXPERIMENTS / "run.py"
 TINY = ["+exp=fig3", *tiny.SETTINGS, "latent_frames=[2,1]", "methods=[ulysses,hcms]", "cuts=[even:2]"]
-
-# A kind of experiment that is the micro-benchmark, but for what rank 1 does when it comes to the second point.
-FAULTY = """
-import os
-import signal
-import time
-from pathlib import Path
-
-import microbench
-from microbench import validate
-
-
-def run(cfg, folder):
-    microbench._on_rank = on_rank
-    return microbench.run(cfg, folder)
-
-
-def on_rank(rank, job, ticks):
-    from hcms_lab.measure import measure
-
-    folder, fault = Path(job.folder), os.environ["FAULT"]
-    (folder / f"pid{rank.rank}").write_text(str(os.getpid()))
-    if fault == "raises beside a rank that will not end" and rank.first:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    whole = measure.measure_point
-
-    def measure_point(rank, job, point, *rest):
-        if point.frames == 1:
-            if rank.first and fault == "raises beside a rank that will not end":
-                while True:
-                    time.sleep(1)
-            if not rank.first:
-                (folder / "fault").write_text(str(time.time()))
-                if fault == "killed":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise RuntimeError("a made-up fault")
-        return whole(rank, job, point, *rest)
-
-    measure.measure_point = measure_point
-    measure.measure(rank, job, ticks.put)
-"""
-
-
-@pytest.mark.parametrize("fault", ["killed", "raises beside a rank that will not end"])
-def test_a_rank_that_dies(tmp_path: Path, fault: str) -> None:
-    (tmp_path / "faulty.py").write_text(FAULTY)
-    done = tiny.command(tmp_path, str(RUN), *TINY, "kind=faulty", FAULT=fault)
-    ended_s = time()
-    assert done.returncode == 1, done.stderr
-    (folder,) = (tmp_path / "outputs" / "fig3").iterdir()  # and no `latest`: that is the newest whole run
-    assert ended_s - float((folder / "fault").read_text()) < 15
-
-    if fault == "killed":
-        assert "rank 1 died (SIGKILL); its log is" in done.stderr
-        assert "Traceback" not in done.stderr
-    else:
-        assert done.stderr.count("RuntimeError: a made-up fault") == 1
-        assert done.stderr.count("Traceback (most recent call last)") == 1
-        assert "rank 1 failed:" in done.stderr
-        assert "a made-up fault" in (folder / "rank1.log").read_text()
-    last = f"error: the run failed; its log and its records so far are in outputs/fig3/{folder.name}"
-    assert done.stderr.splitlines()[-1] == last
-
-    for rank in range(2):
-        assert not psutil.pid_exists(int((folder / f"pid{rank}").read_text()))
-    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    assert [(r["frames"], r["method"], r["status"], r["ok"]) for r in records] == [
-        (2, "ulysses", "done", True),
-        (2, "hcms", "done", True),
-    ]
 
 
 def test_the_same_command_under_torchrun(tmp_path: Path) -> None:
@@ -154,3 +82,48 @@ def test_torchrun_with_another_number_of_ranks(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UsageError, match=r"ranks=2: torchrun started 3 ranks; give ranks=3 or start 2"):
         launch(fails_at_once, 2, device="cpu", link="native", folder=tmp_path)
+
+
+def one_fails_alone(rank: Rank) -> None:
+    """Rank 1 fails where the others go on to an exchange that it never joins."""
+    error = None
+    try:
+        if rank.rank == 1:
+            raise ValueError("a kernel that this rank alone has not")
+        dist.all_reduce(torch.ones(1))
+    except ValueError as caught:
+        error = caught
+    together(rank, error, left_alone_s=2)
+
+
+def all_fail_or_one_says_so(rank: Rank, answers: Any) -> None:
+    said = [together(rank, None), together(rank, ValueError("no such cut"))]
+    said.append(together(rank, ValueError("here alone") if rank.rank == 1 else None))
+    if rank.first:
+        answers.put(said)
+
+
+def test_a_rank_that_fails_alone_leaves_nobody_waiting(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match=r"^rank 1 failed:\nTraceback (.|\n)*a kernel that this rank alone has not$"):
+        launch(one_fails_alone, 2, device="cpu", link="native", folder=tmp_path)
+
+
+def test_ranks_that_reach_the_end_of_a_step_hear_of_each_other(tmp_path: Path) -> None:
+    answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    launch(all_fail_or_one_says_so, 2, answers, device="cpu", link="native", folder=tmp_path)
+    assert answers.get() == [
+        [None, None],
+        ["ValueError: no such cut", "ValueError: no such cut"],
+        [None, "ValueError: here alone"],
+    ]
+
+
+def leaves_early(rank: Rank) -> None:
+    if rank.rank == 1:
+        raise SystemExit(0)
+    dist.barrier(rank.control)
+
+
+def test_a_rank_that_leaves_before_the_end_is_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match=r"^rank 1 failed:\n(.|\n)*SystemExit: 0$"):
+        launch(leaves_early, 2, device="cpu", link="native", folder=tmp_path)

@@ -17,10 +17,11 @@ from omegaconf import OmegaConf
 
 from hcms.hardware import hardware
 from hcms_lab.ground.config import BaseConfig, Config
-from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.errors import STORAGE, UsageError
 from hcms_lab.measure.cases import device_of, link_of
 from hcms_lab.measure.environment import environment
 from hcms_lab.measure.launch import RankFailed
+from hcms_lab.measure.stop import Stopped, stoppable
 
 
 def run_recorded(module: ModuleType, cfg: BaseConfig, folder: Path) -> bool:
@@ -28,14 +29,33 @@ def run_recorded(module: ModuleType, cfg: BaseConfig, folder: Path) -> bool:
 
     The folder gets `config.resolved.yaml` and `env.json` first, then what the script records, then the figure or the
     table. When the script has ended, `latest` beside the folder points to it.
+
+    Raises:
+        SystemExit: a signal ended it (128 + signal), after one line that says so.
     """
+    shown = os.path.relpath(folder)
+    try:
+        with stoppable():
+            return _recorded(module, cfg, folder, shown)
+    except Stopped as stopped:
+        print(f"error: {stopped}; the records so far are in {shown}", file=sys.stderr)
+        sys.exit(stopped.status)
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        what = ": ".join(str(x) for x in (error.filename, error.strerror) if x)
+        print(f"error: {what}; the records so far are in {shown}", file=sys.stderr)
+        return False
+
+
+def _recorded(module: ModuleType, cfg: BaseConfig, folder: Path, shown: str) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.resolved.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
     device = device_of(cfg)
     link = link_of(cfg) if isinstance(cfg, Config) else "none"  # a prediction, say, exchanges nothing
     env = environment(hardware(device), link, device)
     _write(folder / "env.json", env)
-    shown, began_s = os.path.relpath(folder), perf_counter()
+    began_s = perf_counter()
     try:
         with _mirrored(folder, cfg, env) as mirror:
             ok = module.run(cfg, folder)

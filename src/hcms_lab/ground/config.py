@@ -69,6 +69,7 @@ class BenchConfig(RoundsConfig):
     block_ms: float = 350.0  # of a sustained block
     rest_ms: float = 30.0  # on GPUs, before a rested call
     graph: str = "auto"  # auto | off: whether repeated calls are replayed as CUDA graphs
+    timeout_s: float = 600.0  # how long a rank waits for the others before the run ends
 
 
 @dataclass

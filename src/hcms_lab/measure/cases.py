@@ -172,6 +172,7 @@ def check_run(cfg: Config) -> None:
     number("bench.block_ms", cfg.bench.block_ms, 1, 60_000)
     number("bench.rest_ms", cfg.bench.rest_ms, 0, 60_000)
     whole("bench.seed", cfg.bench.seed, 0)
+    number("bench.timeout_s", cfg.bench.timeout_s, 1, 86_400)
     check_ranks(cfg.ranks)
     if cfg.link.gbps is not None:
         otherwise = ", or null to derive it from link.ratio"

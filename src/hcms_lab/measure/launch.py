@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,12 +12,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hcms.links import emulated
 from hcms_lab.ground.errors import UsageError
+from hcms_lab.measure.stop import die_with
+from hcms_lab.measure.watch import RankFailed, watch
 
-TIMEOUT = timedelta(minutes=10)
+__all__ = ["TIMEOUT_S", "Rank", "RankFailed", "launch", "together", "under_torchrun"]
+
+TIMEOUT_S = 600.0
+LEFT_ALONE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,6 @@ class Rank:
         return self.rank == 0
 
 
-class RankFailed(RuntimeError):
-    """A rank died; the message is its own traceback."""
-
-
 def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
@@ -52,6 +50,7 @@ def launch(
     link: str,
     folder: Path,
     poll: Callable[[], None] = lambda: None,
+    timeout_s: float = TIMEOUT_S,
 ) -> None:
     """Run `fn(rank: Rank, *args)` on every rank, with the default process group made for `device` and `link`.
 
@@ -62,85 +61,118 @@ def launch(
         fn: importable by name.
         device: cpu (Gloo, one thread a rank) or cuda (NCCL, one GPU a rank).
         link: emulated or native.
+        timeout_s: how long a rank waits for the others in an exchange before it gives up.
 
     Raises:
-        RankFailed: a rank raised or died. The others have been ended.
-        UsageError: torchrun started another number of ranks.
+        RankFailed: a rank raised, died, was stopped or gave no answer. The others have been ended.
+        UsageError: torchrun started another number of ranks, or what only ranks could tell.
+        OSError: a rank could not write its files.
     """
     if under_torchrun():
         started = int(os.environ["WORLD_SIZE"])
         if started != ranks:
             raise UsageError(f"ranks={ranks}: torchrun started {started} ranks; give ranks={started} or start {ranks}")
-        _be_a_rank(fn, int(os.environ["RANK"]), ranks, device, link, args)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with(os.getppid())
+        _be_a_rank(fn, int(os.environ["RANK"]), ranks, device, link, timeout_s, args)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
-    context = mp.start_processes(
-        _spawned, (fn, where, ranks, device, link, str(folder), args), nprocs=ranks, join=False, start_method="spawn"
-    )
-    assert context is not None
-    try:
-        while not context.join(timeout=1.0, grace_period=5.0):
-            poll()
-        poll()
-    except mp.ProcessRaisedException as failure:
-        # torch's text wraps the rank's own traceback; the traceback alone says it.
-        text = failure.msg.split("error:\n", 1)[-1].strip()
-        name, _, message = text.splitlines()[-1].partition(": ")
-        if name.endswith(UsageError.__name__):
-            raise UsageError(message) from None
-        raise RankFailed(f"rank {failure.error_index} failed:\n{text}") from None
-    except mp.ProcessExitedException as failure:
-        raise RankFailed(
-            f"rank {failure.error_index} died ({failure.signal_name or f'exit status {failure.exit_code}'}); "
-            f"its log is {folder / f'rank{failure.error_index}.log'}"
-        ) from None
-    finally:
-        for process in filter(None, context.processes):
-            if process.is_alive():
-                process.kill()
-            process.join()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    # Bound here, to a port that nobody else can take meanwhile, and open as long as the ranks live.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    watch(
+        _spawned, ranks, fn, store.port, ranks, device, link, timeout_s, args,
+        folder=folder, poll=poll, timeout_s=timeout_s,
+    )  # fmt: skip
 
 
 def _spawned(
     rank: int,
     fn: Callable[..., None],
-    where: dict[str, str],
+    port: int,
     ranks: int,
     device: str,
     link: str,
-    folder: str,
-    args: Any,
+    timeout_s: float,
+    args: tuple[Any, ...],
 ) -> None:
-    with open(Path(folder) / f"rank{rank}.log", "a", buffering=1) as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
-        os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
-        try:
-            _be_a_rank(fn, rank, ranks, device, link, args)
-        except BaseException:
-            traceback.print_exc()
-            raise
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    _be_a_rank(fn, rank, ranks, device, link, timeout_s, args, store)
 
 
-def _be_a_rank(fn: Callable[..., None], rank: int, ranks: int, device: str, link: str, args: Any) -> None:
+def _be_a_rank(
+    fn: Callable[..., None],
+    rank: int,
+    ranks: int,
+    device: str,
+    link: str,
+    timeout_s: float,
+    args: tuple[Any, ...],
+    store: dist.Store | None = None,
+) -> None:
+    """Join the others, by the store or by what torchrun's environment says, and run `fn`."""
+    timeout = timedelta(seconds=timeout_s)
+    where: dict[str, Any] = {"timeout": timeout, "store": store, "rank": rank, "world_size": ranks}
+    if store is None:
+        where = {"timeout": timeout}
     if device == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(place)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=place)
+        dist.init_process_group("nccl", device_id=place, **where)
     else:
         place = torch.device("cpu")
         torch.set_num_threads(1)  # ranks share the host's cores: each stands for one device
-        dist.init_process_group(emulated.NAME if link == "emulated" else "gloo", timeout=TIMEOUT)
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        dist.init_process_group(emulated.NAME if link == "emulated" else "gloo", **where)
+    control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
+    if link == "emulated":
+        check_one_clock(control, _host())
     fn(Rank(rank, ranks, place, control), *args)
     # Not in a `finally`: a rank that fails should be seen to die first, before its peers notice closed connections.
     dist.barrier(control)
     dist.destroy_process_group()
+
+
+def _host() -> str:
+    """What tells hosts apart that may bear one name; containers of one host share its clock, and this."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def check_one_clock(control: dist.ProcessGroup, host: str) -> None:
+    """Refuse an emulated link between hosts: its works carry times of arrival, which need one clock. Collective."""
+    hosts: list[Any] = [None] * dist.get_world_size(control)
+    dist.all_gather_object(hosts, host, group=control)
+    if len(set(hosts)) > 1:
+        raise UsageError(f"link.kind=emulated: {len(set(hosts))} hosts share no clock; give link.kind=native")
+
+
+def together(rank: Rank, error: BaseException | None, *, left_alone_s: float = LEFT_ALONE_S) -> list[str | None]:
+    """What every rank says of a step that may fail: None, or its error in one line. Every rank calls it after the step.
+
+    A rank that failed waits only so long for the others: if one does not come, it hangs in an exchange that this rank
+    has left, and nothing but this error would ever end it.
+
+    Raises:
+        the error: it is this rank's alone.
+    """
+    others = [r for r in range(rank.ranks) if r != rank.rank]
+    here, there = torch.zeros(1), [torch.zeros(1) for _ in others]
+    works = [dist.isend(here, group=rank.control, group_dst=r) for r in others]
+    works += [dist.irecv(x, group=rank.control, group_src=r) for r, x in zip(others, there, strict=True)]
+    for work in works:
+        assert work is not None
+        if error is None:
+            work.wait()
+            continue
+        try:
+            work.wait(timedelta(seconds=left_alone_s))
+        except RuntimeError:
+            raise error from None
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    said: list[Any] = [None] * rank.ranks
+    dist.all_gather_object(said, error and f"{type(error).__name__}: {first_line}", group=rank.control)
+    return said

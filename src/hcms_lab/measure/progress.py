@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hcms_lab.measure.launch import under_torchrun
+from hcms_lab.measure.stop import interrupts_held
 
 
 @contextmanager
@@ -23,7 +24,8 @@ def progress(total: int, what: str) -> Iterator[tuple[Any, Callable[[], None]]]:
     rank itself and shows them when it is done: a pipe that nobody reads meanwhile would fill up and block it.
     """
     console = Console(stderr=True)
-    ticks: Any = queue.SimpleQueue() if under_torchrun() else mp.get_context("spawn").SimpleQueue()
+    with interrupts_held():  # the first such queue starts multiprocessing's tracker, which cleans up after us
+        ticks: Any = queue.SimpleQueue() if under_torchrun() else mp.get_context("spawn").SimpleQueue()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=total)

@@ -1,0 +1,65 @@
+"""Signals that end a run: one line and 128 + signal as the exit status, and no process that outlives its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+
+
+class Stopped(BaseException):
+    """The run was asked to end. No Exception, as KeyboardInterrupt is none: what goes on after errors lets it pass."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped ({signal.Signals(signum).name})")
+        self.status = 128 + signum
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within, SIGINT, SIGTERM and SIGHUP raise `Stopped` in the main thread: the first of them, the rest are ignored.
+
+    A signal that is ignored already (`nohup`, a script's `&`) stays so. One of torchrun's ranks ends at once instead:
+    it may be waiting in a collective, where no handler runs, and torchrun says what happened.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: object) -> None:
+        for each in _ENDING:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(signum)
+
+    handler = signal.SIG_DFL if "TORCHELASTIC_RUN_ID" in os.environ else stop
+    before = {s: signal.signal(s, handler) for s in _ENDING if signal.getsignal(s) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for each, earlier in before.items():
+            signal.signal(each, earlier)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold back what a terminal sends: processes started within never get it, and this one gets it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def die_with(parent: int) -> None:
+    """End this process as soon as its parent, of that process id, is gone, however that came about (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it was gone before this was asked for
+        os._exit(1)

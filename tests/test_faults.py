@@ -1,0 +1,296 @@
+"""Whatever becomes of a rank, of the parent or of the disk: the run ends by itself, says who and why once, exits
+with a status that says so, leaves no process and no shared memory, and keeps every record whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import tiny
+from hcms_lab.ground.records import RecordFile
+
+pytestmark = pytest.mark.t1
+
+FAULTY = str(Path(__file__).with_name("faulty.py"))
+TINY = ["+exp=fig3", *tiny.SETTINGS, "latent_frames=[2,1]", "methods=[ulysses,hcms]", "cuts=[even:2]"]
+MARK = "HCMS_TEST_RUN"  # in the environment of every process of a run
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """Marks a run's processes; when the test is over none may be left."""
+    mark = uuid.uuid4().hex
+    yield mark
+    for process in processes(mark):
+        process.kill()
+
+
+def processes(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for_none(mark: str, within_s: float) -> None:
+    """multiprocessing's tracker sees its parent's end a moment later than we do."""
+    until_s = time.monotonic() + within_s
+    while (left := processes(mark)) and time.monotonic() < until_s:
+        time.sleep(0.1)
+    assert not left
+
+
+def faulty(folder: Path, mark: str, fault: str, *settings: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return tiny.command(folder, FAULTY, *TINY, *settings, FAULT=fault, **{MARK: mark}, **variables)
+
+
+def run_folder(folder: Path) -> Path:
+    (found,) = (folder / "outputs" / "fig3").iterdir()  # and no `latest`: that is the newest whole run
+    return found
+
+
+def assert_first_point_is_whole(folder: Path) -> None:
+    records = RecordFile(folder / "records.jsonl").read()
+    assert [(r["frames"], r["method"], r["status"], r["ok"]) for r in records] == [
+        (2, "ulysses", "done", True),
+        (2, "hcms", "done", True),
+    ]
+
+
+# ---- a rank ----------------------------------------------------------------------------------------------------------
+
+DIED = "rank 1 died (SIGKILL); its log is"
+RAISED = "RuntimeError: a made-up fault"
+STOPPED = "rank 1 was stopped (SIGSTOP) and did not go on"
+CASES = [
+    ("start:killed:1", DIED, ()),
+    ("start:raises:1", RAISED, ()),
+    ("exchange:killed:1", DIED, ()),
+    ("exchange:stopped:1", STOPPED, ()),
+    ("exchange:raises:2", RAISED, ("ranks=4", "workload.heads=8")),
+    ("attention:raises:1", RAISED, ()),
+    ("attention:memory:1", "DefaultCPUAllocator: can't allocate memory", ()),
+    ("round:spins:1", "rank 1 gave no answer within 4 s (bench.timeout_s)", ("bench.timeout_s=4",)),
+    ("records:killed:0", "rank 0 died (SIGKILL); its log is", ()),
+]
+
+
+@pytest.mark.parametrize(("fault", "cause", "settings"), CASES, ids=[case[0] for case in CASES])
+def test_a_rank_that_fails_takes_the_run_down(
+    tmp_path: Path, mark: str, fault: str, cause: str, settings: tuple[str, ...]
+) -> None:
+    done = faulty(tmp_path, mark, fault, *settings)
+    ended_s = time.time()
+    assert done.returncode == 1, done.stderr
+    folder = run_folder(tmp_path)
+    allowed_s = 15 + 4 * ("spins" in fault)  # what hangs is found by the timeout that is configured
+    assert ended_s - float((folder / "fault").read_text()) < allowed_s
+    wait_for_none(mark, 2)
+
+    rank = fault.rsplit(":", 1)[1]
+    assert done.stderr.count(cause) == 1, done.stderr
+    assert done.stderr.count(f"rank {rank} ") == 1, "the rank is named, once"
+    assert done.stderr.count("Traceback (most recent call last)") == int("raises" in fault or "memory" in fault)
+    last = f"error: the run failed; its log and its records so far are in outputs/fig3/{folder.name}"
+    assert done.stderr.splitlines()[-1] == last
+    if "raises" in fault:
+        assert "a made-up fault" in (folder / f"rank{rank}.log").read_text()
+    if "spins" in fault:
+        assert "happen" in (folder / "rank1.log").read_text(), "where it hung is in its log"
+
+    if fault.startswith("start"):
+        assert not (folder / "records.jsonl").exists()
+    else:
+        assert_first_point_is_whole(folder)
+
+
+def test_a_rank_that_will_not_end_is_ended(tmp_path: Path, mark: str) -> None:
+    """Rank 0 ignores SIGTERM; rank 1 raises beside it."""
+    done = faulty(tmp_path, mark, "round:raises:1", STUBBORN="0")
+    assert done.returncode == 1
+    folder = run_folder(tmp_path)
+    assert time.time() - float((folder / "fault").read_text()) < 15
+    assert done.stderr.count(RAISED) == 1
+    assert "rank 1 failed:" in done.stderr
+    wait_for_none(mark, 2)
+    for rank in range(2):
+        assert not psutil.pid_exists(int((folder / f"pid{rank}").read_text()))
+    assert_first_point_is_whole(folder)
+
+
+# ---- the parent ------------------------------------------------------------------------------------------------------
+
+
+def started(folder: Path, mark: str, *, before: Any = None) -> tuple[subprocess.Popen[str], Path]:
+    """An endless run in a session of its own, once it has measured its first point."""
+    run = subprocess.Popen(
+        [sys.executable, str(tiny.EXPERIMENTS / "run.py"), *TINY, "bench.iterations=300", "latent_frames=[16,8,4,2,1]"],
+        cwd=folder,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", MARK: mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=before,
+    )
+    until_s = time.monotonic() + 60
+    while not (found := list(folder.glob("outputs/fig3/*/records.jsonl"))):
+        assert run.poll() is None, run.communicate()[1]
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+    return run, found[0].parent
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_run_in_one_line(tmp_path: Path, mark: str, name: str) -> None:
+    """To every process of the terminal's group, as Ctrl-C and a closed terminal send it."""
+    run, folder = started(tmp_path, mark)
+    os.killpg(run.pid, signal.Signals[name])
+    _, err = run.communicate(timeout=15)
+    said = [line for line in err.splitlines() if not line.startswith("measuring ")]
+    assert said == [f"error: stopped ({name}); the records so far are in outputs/fig3/{folder.name}"]
+    assert run.returncode == 128 + signal.Signals[name]
+    wait_for_none(mark, 1)
+    records = RecordFile(folder / "records.jsonl").read()
+    assert records
+    assert all(r["ok"] for r in records)
+
+
+def test_an_interrupt_before_anything_runs(tmp_path: Path, mark: str) -> None:
+    """While ranks start: they import for seconds, and say nothing of the interrupt either."""
+    run = subprocess.Popen(
+        [sys.executable, str(tiny.EXPERIMENTS / "run.py"), *TINY],
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", MARK: mark},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until_s = time.monotonic() + 60
+    while len(processes(mark)) < 4:  # the parent, multiprocessing's tracker and two ranks
+        assert run.poll() is None
+        assert time.monotonic() < until_s
+    os.killpg(run.pid, signal.SIGINT)
+    _, err = run.communicate(timeout=15)
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: stopped (SIGINT)")
+    assert run.returncode == 130
+    wait_for_none(mark, 1)
+
+
+def test_ranks_die_with_a_parent_that_is_killed(tmp_path: Path, mark: str) -> None:
+    """Started by a script's `&`, which ignores SIGINT; an interrupt changes nothing, and SIGKILL leaves nobody."""
+    run, folder = started(tmp_path, mark, before=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    os.killpg(run.pid, signal.SIGINT)
+    time.sleep(1.5)
+    assert run.poll() is None
+    run.kill()
+    run.communicate(timeout=15)
+    wait_for_none(mark, 5)
+    lines = (folder / "records.jsonl").read_bytes()
+    time.sleep(1.5)
+    assert (folder / "records.jsonl").read_bytes() == lines, "nobody appends any more"
+
+
+# ---- shared memory and disks: a mount of its own where this machine lets us ------------------------------------------
+
+
+def may_mount() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    tried = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return subprocess.run(tried, capture_output=True).returncode == 0
+
+
+needs_mount = pytest.mark.skipif(not may_mount(), reason="no leave to mount a file system of one's own (needs root)")
+
+
+def mounted(folder: Path, mount: str, command: list[str], after: str, **variables: str) -> Any:
+    """A command in a mount namespace of its own, after `mount`; then `after`, whose output is the result's."""
+    script = f'{mount}; "$@" > out 2> err; status=$?; {after}; exit $status'
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+@needs_mount
+@pytest.mark.parametrize("fault", ["exchange:killed:1", "round:raises:0"])
+def test_no_shared_memory_is_left(tmp_path: Path, mark: str, fault: str) -> None:
+    mount = "mount -t tmpfs none /dev/shm"
+    done = mounted(tmp_path, mount, [FAULTY, *TINY], "sleep 0.5; ls -A /dev/shm", FAULT=fault, **{MARK: mark})
+    assert done.returncode == 1
+    assert done.stdout == ""
+    wait_for_none(mark, 2)
+
+
+@needs_mount
+def test_a_disk_that_fills_up(tmp_path: Path, mark: str) -> None:
+    """What was recorded stays; one line says what happened."""
+    (tmp_path / "outputs").mkdir()
+    done = mounted(
+        tmp_path, "mount -t tmpfs -o size=4m none outputs", [FAULTY, *TINY], "cat outputs/fig3/*/records.jsonl",
+        FAULT="records:filled:0", **{MARK: mark},
+    )  # fmt: skip
+    err = (tmp_path / "err").read_text()
+    assert done.returncode == 1, err
+    said = [line for line in err.splitlines() if not line.startswith("measuring ")]
+    assert len(said) == 1, err
+    assert said[0].startswith("error: rank 0 could not write: ")
+    assert "No space left on device; the records so far are in outputs/fig3/" in said[0]
+    whole = [json.loads(line) for line in done.stdout.splitlines() if line.endswith("}")]
+    assert [r["frames"] for r in whole[:2]] == [2, 2]
+    wait_for_none(mark, 2)
+
+
+def test_a_file_that_may_not_grow(tmp_path: Path, mark: str) -> None:
+    """The same where nothing can be mounted: a quota's answer."""
+    done = faulty(tmp_path, mark, "records:limited:0")
+    assert done.returncode == 1, done.stderr
+    said = [line for line in done.stderr.splitlines() if not line.startswith("measuring ")]
+    assert len(said) == 1, done.stderr
+    assert said[0].startswith("error: rank 0 could not write: File too large; the records so far are in outputs/fig3/")
+    assert RecordFile(run_folder(tmp_path) / "records.jsonl").read()[1]["frames"] == 2
+    wait_for_none(mark, 2)
+
+
+@needs_mount
+@pytest.mark.parametrize(
+    ("mount", "why"),
+    [
+        ("mount -t tmpfs -o size=256k none outputs", "the disk is full"),
+        ("mount -t tmpfs -o ro none outputs", "written"),
+    ],
+    ids=["full", "read-only"],
+)
+def test_nowhere_to_write(tmp_path: Path, mark: str, mount: str, why: str) -> None:
+    (tmp_path / "outputs").mkdir()
+    done = mounted(tmp_path, mount, [str(tiny.EXPERIMENTS / "run.py"), *TINY], "find outputs", **{MARK: mark})
+    err = (tmp_path / "err").read_text()
+    assert done.returncode == 2, err
+    assert err.count("\n") == 1
+    assert err.startswith("error: output=outputs: no folder to write to (")
+    assert why in err
+    assert done.stdout == "outputs\n", "nothing was begun"
