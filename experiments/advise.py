@@ -1,37 +1,40 @@
 """Advice without hardware: `python experiments/run.py +exp=advise gpu=l40s ranks=4 latent_frames=13`, or `gpu=all`.
 
-Prints and writes nothing else. The predictions and the verdict's rule are `hcms.schedule.advice`'s; from 16 ranks on
-they cross two link levels, NVLink or PCIe inside a node and a network between nodes.
+Prints and writes nothing else: the verdict, the numbers behind it, and with `assumptions=true` what nobody published.
+The predictions and the verdict's rule are `hcms.schedule.advice`'s; from 16 ranks on they cross two link levels, NVLink
+or PCIe inside a node and a network between nodes.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich import box
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hcms.schedule.advice import LITTLE, USE, Advice, advise
+from hcms.schedule import catalogue
+from hcms.schedule.advice import DO_NOT, LITTLE, USE, Advice, advise
 from hcms.schedule.cost import Workload
 from hcms.schedule.cut import format_cut
 from hcms_lab.ground.checks import as_list, distinct
 from hcms_lab.ground.config import BaseConfig, WorkloadConfig
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.layers import check_priced, gpus_of
+from hcms_lab.report.terminal import Column, print_whole, table, width
+from hcms_lab.report.words import short_cut
 
 WRITES = False
-WIDTH = 144  # where the output is no terminal
 LEGEND = (
     "Times are of one attention layer. rho is the share of communication in Ulysses: wire alone, and with copies "
     "and latency. Ulysses is the faster of three exchanges and one packed exchange; the gain is HCMS's over it, with "
-    "attention and link 10 % off either way or in the ranges below. Use it: rho >= 20 % and a gain of 1 % at least, or "
-    "rho >= 10 % and 5 % at least. Do not: a gain below 1 % at most. Otherwise there is little to gain."
+    "attention and link 10 % off either way or in the catalogue's ranges. Use it: rho >= 20 % and a gain of 1 % at "
+    "least, or rho >= 10 % and 5 % at least. Do not: a gain below 1 % at most. Otherwise there is little to gain."
 )
-STYLES = {USE: "green", LITTLE: "yellow"}
+STYLES = {USE: "green", LITTLE: "yellow", DO_NOT: "red"}
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Settings(BaseConfig):
     ranks: Any = 4  # an int or a list
     latent_frames: Any = 9  # an int or a list
     kernels: list[str] = field(default_factory=list)  # [] is each GPU's fastest of known rate
+    assumptions: bool = False  # list what nobody published
 
 
 def validate(cfg: Settings) -> None:
@@ -63,27 +67,66 @@ def validate(cfg: Settings) -> None:
 
 
 def run(cfg: Settings, folder: Path | None) -> bool:
-    """Print a table for each number of ranks and frames, then the rule and what was assumed."""
+    """Print the verdict and a table for each number of ranks and frames, then the rule, and what was assumed."""
     del folder
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    limit = width()
+    console = Console(width=limit, highlight=False)
     notes: dict[str, int] = {}
     for ranks in as_list(cfg.ranks):
         for frames in as_list(cfg.latent_frames):
-            console.print(_table(cfg, ranks, frames, notes))
+            gpus = gpus_of(cfg.gpu)
+            advices = _advices(cfg, gpus, ranks, frames)
+            for line in [*_verdicts(advices), *_variants(cfg, gpus, ranks, frames)]:
+                console.print(line)
+            print_whole(_table(cfg, advices, ranks, frames, notes, limit), limit)
     console.print(LEGEND, style="dim")
-    if notes:
+    if cfg.assumptions:
         console.print("\nAssumed, as nothing published was found:")
         for text, number in notes.items():
             console.print(f" {number:2}  {text}")
+    elif notes:
+        console.print(f"{len(notes)} inputs are assumed, as nothing published was found: assumptions=true lists them.")
     return True
 
 
-def _advices(cfg: Settings, ranks: int, frames: int) -> list[Advice]:
+def _verdicts(advices: list[Advice]) -> list[str]:
+    """A line a verdict, the best first, with whom it is for."""
+    by_verdict = sorted(advices, key=lambda advice: list(STYLES).index(advice.verdict))
+    several = len({(a.gpu.slug, a.link) for a in advices}) < len(advices)  # kernels
+    lines = []
+    for verdict, some in groupby(by_verdict, key=lambda advice: advice.verdict):
+        each = [
+            f"{a.gpu.name} over {a.link}{f' with {a.kernel}' if several else ''} {a.gain:+.0%}"
+            for a in sorted(some, key=lambda a: -a.gain)
+        ]
+        lines.append(f"[{STYLES[verdict]}]{verdict}[/]: {', '.join(each)}")
+    return lines
+
+
+def _variants(cfg: Settings, gpus: list[catalogue.Gpu], ranks: int, frames: int) -> list[str]:
+    """Which card a name was taken for, and what its sisters of another socket would be told."""
+    if cfg.gpu == "all":
+        return []
+    (gpu,) = gpus
+    lines = [f"{cfg.gpu} is taken for {gpu.name} ({gpu.slug})."] if cfg.gpu != gpu.slug else []
+    for sister in catalogue.load().gpus.values():
+        if sister is not gpu and _chip(sister) == _chip(gpu):
+            each = "; ".join(f"{a.verdict} over {a.link}" for a in _advices(cfg, [sister], ranks, frames))
+            lines.append(f"{sister.name} is another card, gpu={sister.slug}: {each or 'no link for so many ranks'}.")
+    return lines
+
+
+def _chip(gpu: catalogue.Gpu) -> str:
+    """`h100` of h100-sxm and h100-pcie."""
+    return gpu.slug.removesuffix("-sxm").removesuffix("-pcie")
+
+
+def _advices(cfg: Settings, gpus: list[catalogue.Gpu], ranks: int, frames: int) -> list[Advice]:
     w = cfg.workload
     workload = Workload(frames * w.tokens_per_frame, w.heads, ranks, w.head_dim, w.batch, str(w.dtype))
     return [
         advise(gpu, workload, kernel=kernel, link=link.name)
-        for gpu in gpus_of(cfg.gpu)
+        for gpu in gpus
         for kernel in cfg.kernels or [gpu.kernel]
         if kernel in gpu.known_kernels
         for link in gpu.links.values()
@@ -91,44 +134,41 @@ def _advices(cfg: Settings, ranks: int, frames: int) -> list[Advice]:
     ]
 
 
-def _table(cfg: Settings, ranks: int, frames: int, notes: dict[str, int]) -> Table:
+def _table(cfg: Settings, advices: list[Advice], ranks: int, frames: int, notes: dict[str, int], limit: int) -> Table:
     """One row for each GPU and link; new assumptions are numbered into `notes`."""
     w = cfg.workload
+    numbers = [[notes.setdefault(text, len(notes) + 1) for text in advice.assumed] for advice in advices]
+    columns = [
+        Column("GPU", [a.gpu.slug for a in advices]),
+        Column("link", [a.link for a in advices]),
+        Column("verdict", [f"[{STYLES[a.verdict]}]{a.verdict}[/]" for a in advices]),
+        Column("gain", [f"{a.gain:+.1%}" for a in advices], right=True),
+        Column("low to high", [f"{a.gain_low:+.0%} to {a.gain_high:+.0%}" for a in advices], right=True),
+        Column("rho", [f"{a.comm_ratio:.0%}" for a in advices], right=True),
+        Column("wire", [f"{a.wire_ratio:.0%}" for a in advices], right=True, rank=1),
+        Column("best cut", [_cut(a) for a in advices]),
+        Column("HCMS\nms", [f"{a.hcms_ms:.1f}" for a in advices], right=True, rank=5),
+        Column("Ulysses\nms", [_ms(a.ulysses_ms, a.ulysses_packed_ms) for a in advices], right=True, rank=3),
+        Column("Ring\nms", [f"{a.ring_ms:.1f}" for a in advices], right=True, rank=2),
+        Column("fastest", [a.fastest for a in advices], rank=6),
+        Column("kernel", [a.kernel for a in advices], rank=4 if len({a.kernel for a in advices}) == 1 else 7),
+    ]
+    if cfg.assumptions:
+        columns.append(Column("assumed", [_ranges(n) for n in numbers], wraps=True))
     tokens = frames * w.tokens_per_frame
-    table = Table(
-        title=f"Predicted: {w.name}, {ranks} ranks, {frames} frames = {tokens:,} tokens, "
-        f"{w.heads} heads of {w.head_dim}, {w.dtype}",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+    title = (
+        f"Predicted: {w.name}, {ranks} ranks, {frames} frames = {tokens:,} tokens, {w.heads} heads of {w.head_dim}, "
+        f"{w.dtype}"
     )
-    for column in ("GPU", "link", "kernel"):
-        table.add_column(column, no_wrap=True)
-    for column in ("rho\nwire", "rho", "Ulysses\nms", "Ring\nms", "HCMS\nms", "gain", "low to high"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("best cut", "verdict", "assumed"):
-        table.add_column(column, no_wrap=column == "verdict")
-    for advice in _advices(cfg, ranks, frames):
-        numbers = [notes.setdefault(text, len(notes) + 1) for text in advice.assumed]
-        verdict = f"[{STYLES.get(advice.verdict, 'red')}]{advice.verdict}[/]"
-        if advice.fastest == "ring" and advice.ring_ms < 0.99 * advice.hcms_ms:
-            verdict += " (Ring faster)"
-        table.add_row(
-            advice.gpu.slug,
-            advice.link,
-            advice.kernel,
-            f"{advice.wire_ratio:.0%}",
-            f"{advice.comm_ratio:.0%}",
-            f"{min(advice.ulysses_ms, advice.ulysses_packed_ms):.1f}",
-            f"{advice.ring_ms:.1f}",
-            f"{advice.hcms_ms:.1f}",
-            f"{advice.gain:+.1%}",
-            f"{advice.gain_low:+.0%} to {advice.gain_high:+.0%}",
-            format_cut(advice.choice.cut) if len(advice.choice.cut) > 1 else "uncut",
-            verdict,
-            _ranges(numbers),
-        )
-    return table
+    return table(title, columns, limit, box=SIMPLE_HEAD, padding=0)
+
+
+def _cut(advice: Advice) -> str:
+    return short_cut(format_cut(advice.choice.cut)) if len(advice.choice.cut) > 1 else "uncut"
+
+
+def _ms(*times_ms: float) -> str:
+    return f"{min(times_ms):.1f}"
 
 
 def _ranges(numbers: list[int]) -> str:

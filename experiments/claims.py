@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from hcms_lab.ground.config import BaseConfig
 
@@ -23,15 +22,13 @@ def validate(cfg: Settings) -> None:
 
 
 def run(cfg: Settings, folder: Path | None) -> bool:
-    """Print table 1 on the terminal."""
-    from hcms_lab.report.claims import table1
+    """Print a row a claim with its best evidence; all of it stands in paper_tables/table1.md."""
+    from hcms_lab.report.table1 import CAPTION, short
+    from hcms_lab.report.terminal import Column, table, width
 
-    found = table1()
-    shown = Table(title="the paper's claims and ours", caption=found.attrs["caption"], show_lines=True)
-    for column in found.columns:
-        shown.add_column(column, overflow="fold")
-    for row in found.itertuples(index=False):
-        shown.add_row(*map(str, row))
-    console = Console()
-    Console(width=max(console.width, 160)).print(shown)
+    shown = short()
+    columns = [Column(str(name), shown[name].tolist(), wraps=True) for name in shown.columns]
+    console = Console(width=width(), highlight=False)
+    console.print(table("the paper's claims and ours", columns, width(), show_lines=True))
+    console.print(CAPTION, style="dim")
     return True

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hcms.hardware import hardware
@@ -17,6 +17,11 @@ from hcms_lab.ground.names import KERNELS, PEER
 from hcms_lab.ground.records import RecordFile, derived_gbps
 from hcms_lab.measure.cases import Point, device_of, link_of, points
 from hcms_lab.measure.progress import progress
+from hcms_lab.report.terminal import Column, print_whole, width
+from hcms_lab.report.terminal import table as fitted
+from hcms_lab.report.words import short_cut
+
+POINT = ("world_size", "seq_len", "kernel", "dtype")  # what tells the points of a table apart, with the link's ratio
 
 ALL = "all"  # of kernels: every one that can run here
 
@@ -102,9 +107,7 @@ def run(cfg: Settings, folder: Path) -> bool:
                 timeout_s=cfg.bench.timeout_s,
             )
     found = file.read()
-    shown, console = table(found, f"{cfg.name}: {slug}, link {link}"), Console()
-    # Numbers are never cut: a narrow terminal wraps lines, a pipe gets the table's own width.
-    Console(width=max(console.width, Console(width=1000).measure(shown).maximum)).print(shown)
+    print_whole(table(found, f"{cfg.name}: {slug}, link {link}", width()), width())
     for line in reasons(found):
         print(line)
     return bool(found) and all(r["ok"] for r in found)
@@ -141,49 +144,60 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def table(records: list[dict[str, Any]], title: str) -> Table:
-    """The terminal's table: a time never stands without its correctness. A refused point is one row."""
-    shown = Table(title=title)
-    for column in ("ranks", "tokens", "rho"):
-        shown.add_column(column, justify="right")
-    varied = [key for key in ("kernel", "dtype") if len({r[key] for r in records}) > 1]
-    for column in (*varied, "method", "cut"):
-        shown.add_column(column, no_wrap=True)
-    for column in ("latency ms", "± IQR", "vs ulysses", "vs ring", "hidden", "max err"):
-        shown.add_column(column, justify="right")
-    for column in ("bitwise", "check"):
-        shown.add_column(column)
-    last = None
-    refused = set()
+def table(records: list[dict[str, Any]], title: str, limit: int) -> Table:
+    """The terminal's table: a time never stands without its correctness. A refused point is one row.
+
+    What is the same in all rows stands in the title. Where `limit` characters are too few, columns go: the spread
+    first, then errors, Ring, the hidden share, bitwise and rho; methods, cuts, times, gains and the check stay.
+    """
+    shown, refused = [], set()
     for r in records:
         if r["status"] == "refused":
             ratio = (r["world_size"], r["seq_len"], r["link_ratio"])
-            if ratio not in refused:
-                refused.add(ratio)
-                shown.add_section()
-                shown.add_row(str(ratio[0]), f"{ratio[1]:,}", _number(ratio[2], ".3f"), "refused: out of reach here")
-            continue
-        point = (r["world_size"], r["seq_len"], r["link_ratio"], r["kernel"], r["dtype"])
-        if last is not None and point != last:
-            shown.add_section()
-        last = point
-        shown.add_row(
-            str(r["world_size"]),
-            f"{r['seq_len']:,}",
-            _number(r["comm_ratio"], ".3f"),
-            *(str(r[key]) for key in varied),
-            r["method"],
-            r["cut"] or "-",
-            _number(r["latency_ms"], ".2f"),
-            _number(r["latency_iqr_ms"], ".2f"),
-            _number(r["speedup_vs_ulysses"], ".3f"),
-            _number(r["speedup_vs_ring"], ".3f"),
-            _number(r["hidden_fraction"], ".2f"),
-            _number(r["max_abs_err"], ".1e"),
-            {True: "yes", False: "no", None: "-"}[r["bitwise_equal"]],
-            "ok" if r["ok"] and not r["error"] else r["status"] if r["error"] else "WRONG",
-        )
-    return shown
+            if ratio in refused:
+                continue
+            refused.add(ratio)
+            r = {**dict.fromkeys(r), **{k: r[k] for k in (*POINT, "link_ratio", "status")}, "method": "refused"}
+            r |= {"comm_ratio": r["link_ratio"], "cut": "out of reach"}
+        shown.append(r)
+    if not shown:
+        return fitted(title, [], limit)
+    same = [key for key in POINT if len({r[key] for r in shown}) == 1]
+    words = {"world_size": "{} ranks", "seq_len": "{:,} tokens", "kernel": "{}", "dtype": "{}"}
+    title = ", ".join([title, *(words[key].format(shown[0][key]) for key in same)])
+    heads = {"world_size": "ranks", "seq_len": "tokens", "kernel": "kernel", "dtype": "dtype"}
+    columns = [
+        Column(heads[key], [f"{r[key]:,}" if key == "seq_len" else str(r[key]) for r in shown], key in POINT[:2])
+        for key in POINT
+        if key not in same
+    ]
+    columns += [
+        _numbers("rho", "comm_ratio", ".3f", shown, rank=6),
+        Column("method", [r["method"].removeprefix(PEER) for r in shown]),
+        Column("cut", [short_cut(r["cut"] or "-") for r in shown]),
+        _numbers("latency\nms", "latency_ms", ".2f", shown),
+        _numbers("± IQR\nms", "latency_iqr_ms", ".2f", shown, rank=1),
+        _numbers("vs\nulysses", "speedup_vs_ulysses", ".3f", shown),
+        _numbers("vs\nring", "speedup_vs_ring", ".3f", shown, rank=3),
+        _numbers("hidden", "hidden_fraction", ".2f", shown, rank=4),
+        _numbers("max\nerror", "max_abs_err", ".1e", shown, rank=2),
+        Column("bitwise", [{True: "yes", False: "no", None: "-"}[r["bitwise_equal"]] for r in shown], rank=5),
+        Column("check", [_check(r) for r in shown]),
+    ]
+    points = [(*(r[key] for key in POINT), r["link_ratio"]) for r in shown]
+    ends = {i for i, (point, following) in enumerate(pairwise(points)) if point != following}
+    columns = [column for column in columns if set(column.cells) != {"-"} or column.head == "cut"]
+    return fitted(title, columns, limit, ends, box=SIMPLE_HEAD, padding=0)
+
+
+def _numbers(head: str, key: str, form: str, records: list[dict[str, Any]], rank: int | None = None) -> Column:
+    return Column(head, [_number(r[key], form) for r in records], right=True, rank=rank)
+
+
+def _check(record: dict[str, Any]) -> str:
+    if record["status"] == "refused":
+        return "refused"
+    return "ok" if record["ok"] and not record["error"] else record["status"] if record["error"] else "WRONG"
 
 
 def reasons(records: list[dict[str, Any]]) -> list[str]:

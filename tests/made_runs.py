@@ -177,7 +177,7 @@ def make_repository(root: Path) -> Path:
             f"# @package _global_\n# python experiments/run.py +exp={name}\n"
             f"defaults:\n  - /kind: microbench\nabout:\n  title: {title}\nname: {name}\n"
         )
-    make_run(root, "fig3", slug="cpu-one", committed=True, cuts=("1-3-1", "2-3"))
+    make_run(root, "fig3", slug="cpu-one", committed=True, ranks=(2, 4), cuts=("1-3-1", "2-3"))
     make_run(root, "fig3", slug="cpu-two", committed=True, ratios=(0.4,), cuts=("1-3-1",))
     make_run(root, "fig5", slug="cpu-one", committed=True, ratios=(0.1, 0.25, 0.4), frames=(11,))
     write_table("table2", pd.DataFrame({"kernel": ["sdpa"], "equal": [True]}), folder=root / "paper_tables")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from by_hand import wire_ratio
 from hcms.schedule import catalogue
@@ -15,6 +17,8 @@ from hcms.schedule.advice import DO_NOT, LITTLE, USE, advise, verdict
 from hcms.schedule.catalogue import Number
 from hcms.schedule.cost import Workload, WorkloadCosts
 from hcms.schedule.profile import TILE_ROWS
+from hcms_lab.ground.config import WorkloadConfig
+from made_runs import script
 
 pytestmark = pytest.mark.t0
 
@@ -190,11 +194,37 @@ def command(*overrides: str) -> subprocess.CompletedProcess[str]:
 
 class TestCommand:
     def test_one_gpu(self) -> None:
-        done = command("gpu=l40s", "ranks=4", "latent_frames=13")
+        done = command("gpu=l40s", "ranks=4", "latent_frames=13", "assumptions=true")
         assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("use it: L40S over pcie4 +")
         assert "46,800 tokens" in done.stdout
         assert "use it" in done.stdout
         assert re.search(r"^ *\d+ +L40S's FlashAttention-2 at 55 %", done.stdout, re.MULTILINE)
+
+    def test_a_name_says_which_card_it_took_and_what_the_other_is_told(self) -> None:
+        done = command("gpu=h100", "ranks=4", "latent_frames=9")
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert lines[0].startswith("little to gain: H100 SXM over nvlink4")
+        assert "h100 is taken for H100 SXM (h100-sxm)." in lines
+        assert "H100 PCIe is another card, gpu=h100-pcie: use it over pcie5." in lines
+        assert "assumptions=true lists them" in lines[-1]
+
+    @pytest.mark.parametrize("width", [80, 100])
+    def test_tables_fit(self, width: int) -> None:
+        """Columns go, in a chosen order; no digit does."""
+        module = script("advise")
+        cfg = module.Settings(
+            workload=WorkloadConfig(name="wan720p", tokens_per_frame=3600, heads=40, dtype="bfloat16")
+        )
+        advices = module._advices(cfg, list(catalogue.load().gpus.values()), 4, 9)
+        printed = io.StringIO()
+        console = Console(width=1000, file=printed)
+        console.print(module._table(cfg, advices, 4, 9, {}, width))
+        text = printed.getvalue()
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        assert all(f"{a.gain:+.1%}" in text and a.verdict in text for a in advices)
 
     def test_all(self) -> None:
         done = command("gpu=all", "ranks=4", "latent_frames=9")
@@ -223,7 +253,7 @@ class TestCommand:
         assert len(re.findall(r"^ *h100-sxm", done.stdout, re.MULTILINE)) == 8
 
     def test_over_two_levels(self) -> None:
-        done = command("gpu=h100", "ranks=64", "latent_frames=16", "workload.heads=128")
+        done = command("gpu=h100", "ranks=64", "latent_frames=16", "workload.heads=128", "assumptions=true")
         assert done.returncode == 0, done.stderr
         assert "InfiniBand NDR" in done.stdout
 

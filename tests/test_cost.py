@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from by_hand import cut_speedup_bound, ring_ms, ring_speedup
-from hcms.clip import exchange_bytes
 from hcms.schedule.cost import AttendPoint, IdealCosts, Level, Profile, Workload, WorkloadCosts, fit, load, predict
 from hcms.schedule.schedule import ring, serial, three_lane, two_lane
 from hcms_lab.report import closed_form
@@ -248,7 +247,6 @@ class TestClosedForms:
             ulysses_bytes = layer.off_rank(4 * layer.tensor_bytes(layer.heads_a_rank))
             ring_bytes = (ranks - 1) * 2 * (32_400 // ranks) * 40 * 128 * 2
             assert ring_bytes == pytest.approx(ulysses_bytes * ranks / 2)
-            assert exchange_bytes(32_400, 40, 128, 2, ranks) == ulysses_bytes
 
     def test_refusals(self) -> None:
         with pytest.raises(ValueError, match=r"lies in \[0, 1\), got 1.2"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from statistics import median
@@ -9,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import tiny
 from hcms_lab.ground.config import Config
@@ -167,3 +169,22 @@ def test_a_wrong_result_fails_the_run(tmp_path: Path) -> None:
     assert ulysses["ok"] is True
     assert (hcms["ok"], hcms["bitwise_equal"], hcms["status"]) == (False, False, "failed")
     assert "wrong result" in done.stdout
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("exp", ["fig2", "fig3", "fig4", "fig5", "table2", "table5"])
+def test_the_table_fits_the_terminal(exp: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns go, in a chosen order; no digit does, and no time stands without its check."""
+    monkeypatch.syspath_prepend(str(tiny.EXPERIMENTS))
+    import microbench
+
+    for folder in sorted((CONF.parent / "paper_tables" / "records").glob(f"*/{exp}")):
+        rows = _records(folder)
+        printed = io.StringIO()
+        console = Console(width=1000, file=printed)
+        console.print(microbench.table(rows, f"{exp}: {rows[0]['hardware']}", width))
+        text = printed.getvalue()
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        assert "check" in text
+        assert all(f"{r['latency_ms']:.2f}" in text for r in rows if r["latency_ms"])

@@ -37,12 +37,12 @@ def record(method: str, latency_ms: float | None, **changes: Any) -> dict[str, A
         "hidden_fraction": 0.8,
         "version": "1.2.3" if method.startswith("peer:") else None,
     }
-    made = Record(
+    case = Record(
         exp="table5", hardware="cpu", workload="wan_scaled", link="emulated", link_ratio=0.25, link_gbps=0.2,
         world_size=2, method=method, kernel="sdpa", dtype="float32", batch=1, seq_len=3840, heads=10, head_dim=128,
         comm_ratio=0.252, latency_ms=latency_ms, times_ms=times_ms, n=3, **(fields | changes),
     )  # fmt: skip
-    return asdict(made)
+    return asdict(case)
 
 
 def rows_of(table: pd.DataFrame) -> dict[str, Any]:

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from hcms.clip import ClipShape, Strides, exchange_bytes, heads_refusal, layer_flops
+from hcms.clip import ClipShape, Strides, heads_refusal, layer_flops
+from hcms.schedule.cost import Workload
 from hcms_lab.ground.clip_record import ClipRecord, against_ulysses
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.records import RecordFile
@@ -57,7 +58,8 @@ def test_tokens(name, frames, tokens):
 
 
 def test_traffic_is_what_wan_at_720p_sends():
-    mib = [round(exchange_bytes(32_400, 40, 128, 2, ranks) / 2**20) for ranks in (1, 2, 4, 8)]
+    layers = [Workload(32_400, 40, ranks) for ranks in (1, 2, 4, 8)]
+    mib = [round(w.off_rank(4 * w.tensor_bytes(w.heads_a_rank)) / 2**20) for w in layers]
     assert mib == [0, 316, 237, 138]
 
 

@@ -130,11 +130,6 @@ def heads_refusal(heads: int, ranks: int, name: str) -> str | None:
     return f"{name} has {heads} attention heads, which {ranks} ranks do not divide: use {listed(divisors(heads))} ranks"
 
 
-def exchange_bytes(tokens: int, heads: int, head_dim: int, element_bytes: int, ranks: int) -> int:
-    """Bytes that leave a rank in one layer's self-attention with Ulysses: Q, K, V and back O, whatever the chunks."""
-    return 4 * tokens * heads * head_dim * element_bytes * (ranks - 1) // ranks**2
-
-
 def layer_flops(tokens: int, text_tokens: int, width: int, ffn_width: int) -> dict[str, float]:
     """Operations of one transformer block over the whole sequence, by part (multiply and add are two)."""
     S, T, d = tokens, text_tokens, width

@@ -90,27 +90,21 @@ def _write(path: Path, env: dict[str, Any]) -> None:
 
 def _draw(name: str, folder: Path) -> list[Path]:
     """Draw the experiment's figure into its folder, where it has one (notebooks write figures/)."""
-    from hcms_lab.ground.load import records
-    from hcms_lab.report.figures import FIGURES
-
-    if name not in FIGURES or not (folder / "records.jsonl").exists():
-        return []
-    figure = FIGURES[name](records(folder))
-    path = folder / f"{name}.png"
-    figure.savefig(path, dpi=200)
-    return [path]
+    return _exhibit(name, folder, is_figure=True)
 
 
 def _tabulate(name: str, folder: Path) -> list[Path]:
     """Write the experiment's table into its folder, where it has one (notebooks write paper_tables/)."""
-    from hcms_lab.ground.load import records
-    from hcms_lab.report.figures import TABLES
-    from hcms_lab.report.tables import write_table
+    return _exhibit(name, folder, is_figure=False)
 
-    if name not in TABLES or not (folder / "records.jsonl").exists():
+
+def _exhibit(name: str, folder: Path, *, is_figure: bool) -> list[Path]:
+    from hcms_lab.report.registry import exhibits
+
+    exhibit = exhibits().get(name)
+    if exhibit is None or exhibit.is_figure != is_figure or not (folder / "records.jsonl").exists():
         return []
-    table = TABLES[name](records(folder))
-    return write_table(name, table, caption=table.attrs["caption"], folder=folder)
+    return exhibit.save(exhibit.of(folder), folder)
 
 
 @contextmanager

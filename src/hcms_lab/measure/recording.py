@@ -13,6 +13,7 @@ from hcms.schedule.cost import Workload, WorkloadCosts, predict
 from hcms.schedule.profile import Profile
 from hcms.schedule.schedule import Schedule
 from hcms.schedule.timeline import Timeline
+from hcms_lab.ground import traces
 from hcms_lab.ground.names import PEER
 from hcms_lab.ground.records import Record
 from hcms_lab.measure.cases import Case, Point
@@ -112,7 +113,7 @@ def recorded(
     bound = max(r.bound for r in references)
     plain_error = max(r.kernel_max_abs_err for r in references)
     records: list[Record] = []
-    for number, t in enumerate(timed):
+    for t in timed:
         given: list[_Given] = gathered(
             rank,
             _Given(
@@ -140,7 +141,7 @@ def recorded(
             elif t.case.method == "ceiling" and profile is not None:
                 record.predicted_ms = profile.attention_ms(point.seq_len, point.heads_a_rank, point.batch)
             if rank.first and t.timelines and record.ok:
-                _trace(job, point, number, t, record)
+                _trace(job, t, record)
         records.append(record)
     _compare(records)
     return records
@@ -175,14 +176,11 @@ def _fill(record: Record, t: Timed, entrant: Contestant, given: list[_Given]) ->
     record.buffer_gib = entrant.buffer_bytes / 2**30
 
 
-def _trace(job: Job, point: Point, number: int, t: Timed, record: Record) -> None:
+def _trace(job: Job, t: Timed, record: Record) -> None:
     """The timeline of the most usual round, as a Chrome trace."""
     assert record.times_ms is not None and t.entrant is not None
     typical = int(np.argmin(np.abs(np.array(record.times_ms) - record.latency_ms)))
-    name = f"{number:02d}-{t.case.method}-{t.entrant.cut or 'whole'}-{point.ranks}x{point.seq_len}"
-    name += f"-{point.kernel}-{point.dtype}"
-    ratio = "" if point.link_ratio is None else f"-rho{point.link_ratio:g}"
-    t.timelines[typical].to_chrome_trace(Path(job.folder) / "traces" / f"{name}{ratio}.json")
+    traces.write(t.timelines[typical], Path(job.folder), record)
 
 
 def _predicted_ms(

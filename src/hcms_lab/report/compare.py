@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from hcms_lab.ground.cuts import chunks
 from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.experiments import axis
 from hcms_lab.ground.load import committed_folders, environment, hardware_name, plan, records
 from hcms_lab.ground.paths import ROOT
 from hcms_lab.report import style
+from hcms_lab.report.stats import overlapping, point_columns, ratio_of_medians
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,10 +34,8 @@ AXIS_LABELS = {
     "chunks": "chunks a rank",
     "ratio": "communication ratio ρ",
 }
-_AXIS_OF = {"fig2": "chunks", "fig4": "world_size", "fig5": "ratio"}
 VALUES = ["latency_ms", "speedup_vs_ulysses", "chosen"]
 WRAP_AT = 56  # characters that fit a column
-SHOWN = ("hcms", "hcms-3lane", "ring")  # the figure's methods; the baseline is the line at 1
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
     def figure(self) -> Figure:
-        """Speedup over `ulysses`, a panel a group, a colour a machine; predictions dotted with hollow markers."""
+        """Speedup over `ulysses`, a panel a group, a colour a machine, 95 % intervals; predictions hollow."""
         import matplotlib.pyplot as plt
 
         with style.use():
@@ -148,7 +149,7 @@ def compare(runs: Mapping[str, pd.DataFrame]) -> Comparison:
         which = ", ".join(f"{label} is {exp}" for label, exp in exps.items())
         raise UsageError(f"runs of different experiments are not compared: {which}")
     exp = next(iter(exps.values()))
-    x = _AXIS_OF.get(exp, "seq_len")
+    x = axis(exp).replace("comm_", "")  # the ratio that the link was set to, where it was
     cases = pd.concat([table.assign(run=label) for label, table in runs.items()], ignore_index=True)
     wrong = ~cases["ok"].fillna(False)
     unmeasured = ~wrong & cases["latency_ms"].isna()
@@ -160,7 +161,7 @@ def compare(runs: Mapping[str, pd.DataFrame]) -> Comparison:
     cases = cases[~wrong & ~unmeasured].copy()
     if cases.empty:
         raise UsageError("no correct case in any of these runs")
-    cases["chunks"] = [len(cut.split("-")) if isinstance(cut, str) else 1 for cut in cases["cut"]]
+    cases["chunks"] = [chunks(cut) for cut in cases["cut"]]
     cases["plan"] = [plan(cut) for cut in cases["cut"]]
     cases["ratio"] = cases["link_ratio"].fillna(cases["comm_ratio"].round(2))
     # One link belongs to the machine; several make groups, or are the axis.
@@ -203,13 +204,15 @@ def _table(part: pd.DataFrame, x: str, labels: list[str]) -> pd.DataFrame:
 
 def _panel(ax: Axes, group: Group, x: str, colours: Mapping[str, str]) -> int:
     """Draw one group; returns how many lines its legend has."""
-    cases = group.cases[group.cases["method"].isin(SHOWN) & group.cases["speedup_vs_ulysses"].notna()]
+    shown = (*overlapping(), "ring")  # the baseline is the line at 1
+    cases = group.cases[group.cases["method"].isin(shown) & group.cases["speedup_vs_ulysses"].notna()]
     ax.axhline(1.0, color="black", linewidth=0.8)
     single = cases[x].nunique() == 1
     for position, ((run, method), part) in enumerate(cases.groupby(["run", "method"], sort=False)):
         if x != "chunks" and part["plan"].notna().any():
-            # One cut a line, the best over the axis, and the legend names it.
-            best = part.groupby("plan")["speedup_vs_ulysses"].mean().idxmax()
+            # One cut a line, the best of those that reach furthest along the axis, and the legend names it.
+            plans = part.groupby("plan").agg(points=(x, "nunique"), mean=("speedup_vs_ulysses", "mean"))
+            best = plans.sort_values(["points", "mean"]).index[-1]
             part = part[part["plan"] == best]
         name = f"{run}: {style.label(str(method))}"
         cuts = sorted(set(part["plan"].dropna()))
@@ -217,21 +220,20 @@ def _panel(ax: Axes, group: Group, x: str, colours: Mapping[str, str]) -> int:
             name += f" {cuts[0]}"
         name = "\n".join(textwrap.wrap(name, WRAP_AT, subsequent_indent="  "))
         # Several ranks or lengths at one point: the panel shows the best, the table has them all.
-        line = part.groupby(x)["speedup_vs_ulysses"].max()
+        line = part.loc[part.groupby(x)["speedup_vs_ulysses"].idxmax()].sort_values(x)
+        below, above = zip(*(_interval(group.cases, case) for _, case in line.iterrows()), strict=True)
         predicted = (part["source"] == "predicted").all()
         colour = colours[str(run)]
-        if single:
-            hatch = style.PREDICTED if predicted else {}
-            ax.bar(position, line.iloc[0], color=colour, label=name, width=0.7, **hatch)
-            continue
         look: dict[str, Any] = {"linestyle": "--" if method == "ring" else "-"}
         if predicted:
             look |= style.PREDICTED_LINE
-        ax.plot(line.index, line, color=colour, marker=style.marker(str(method)), label=name, **look)
+        at = [position] if single else line[x]
+        ax.plot(at, line["speedup_vs_ulysses"], color=colour, marker=style.marker(str(method)), label=name, **look)
+        ax.errorbar(at, line["speedup_vs_ulysses"], yerr=(below, above), fmt="none", ecolor=colour)
     points = sorted(cases[x].unique())
     if single:
         ax.set_xticks([])
-        ax.set_ylim(bottom=min(0.9, 0.95 * float(cases["speedup_vs_ulysses"].min())))
+        ax.margins(x=0.2)
     elif len(points) <= 8:
         ax.set_xticks(points, _apart([f"{point:,g}" for point in points], points))
         ax.minorticks_off()
@@ -242,6 +244,19 @@ def _panel(ax: Axes, group: Group, x: str, colours: Mapping[str, str]) -> int:
     # Hardware names are long: below the panel they cost height and never width.
     ax.legend(loc="upper left", bbox_to_anchor=(-0.12, -0.24), borderaxespad=0.0)
     return sum(1 + text.count("\n") for text in ax.get_legend_handles_labels()[1])
+
+
+def _interval(cases: pd.DataFrame, case: pd.Series) -> tuple[float, float]:
+    """How far below and above a measured speedup over Ulysses its 95 % interval reaches; none of a prediction."""
+    columns = point_columns(cases)  # the run among them
+    same = (cases[columns].astype(str) == case[columns].astype(str)).all(axis=1)
+    base = cases[same & (cases["method"] == "ulysses")]
+    if base.empty or not isinstance(case["times_ms"], list) or not isinstance(base["times_ms"].iloc[0], list):
+        return 0.0, 0.0
+    speedup = ratio_of_medians(base["times_ms"].iloc[0], case["times_ms"])
+    if speedup.low != speedup.low:
+        return 0.0, 0.0
+    return max(0.0, speedup.value - speedup.low), max(0.0, speedup.high - speedup.value)
 
 
 def _apart(labels: list[str], points: Sequence[float]) -> list[str]:

@@ -2,130 +2,207 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
+from hcms.methods import METHODS
 from hcms.schedule.cost import IdealCosts, predict
-from hcms.schedule.schedule import COMM, COMM_OUT, COMPUTE, Op, Schedule
+from hcms.schedule.schedule import COMM, COMPUTE
 from hcms.schedule.timeline import Span, Timeline
+from hcms_lab.ground import traces
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.report import parts, style
-from hcms_lab.report.stats import measured
+from hcms_lab.report.registry import register
+from hcms_lab.report.stats import fixed_cuts, measured, overlapping
+from hcms_lab.report.words import short_cut
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = {"exchange": "exchange Q, K, V", "attend": "attention", "return": "return O"}
-LANES = {COMPUTE: "attention", COMM: "link", COMM_OUT: "link, out"}
+BASE = "ulysses"
+KINDS = {"exchange": "exchange Q, K, V", "attend": "attention", "return": "return O", "rotate": "pass K, V on"}
+COPIES = "copies on the device"  # every other kind: packing, unpacking, arranging
+COMMUNICATES = ("exchange", "return", "rotate")
+LANES = {
+    COMPUTE: "attention",
+    "compute-2": "attention, 2",
+    COMM: "link",
+    "comm-in": "link, in",
+    "comm-out": "link, out",
+}
 
 
+class Run(NamedTuple):
+    """A timeline to draw, its case, and how many times as fast as its kernel's Ulysses it is."""
+
+    case: pd.Series
+    timeline: Timeline
+    speedup: float
+
+
+@register("fig1", "One attention layer as lanes over time")
 def fig1(records: pd.DataFrame) -> Figure:
-    """Serial Ulysses above HCMS; measured on the left, on the right the same schedules as the simulator sees them.
+    """Serial Ulysses above every HCMS that left a trace; measured on the left, on the right as the simulator sees it.
 
-    The simulator gets two numbers of the serial run, its attention time and its communication ratio, so the right
-    column of the HCMS row is a prediction. Lanes are those of the call nearest the median, on rank 0; the speedup is
-    that of the medians.
+    With several kernels each has a column of its own, measured, and the simulator none. It gets two numbers of the
+    serial run, its attention time and its communication ratio, so an HCMS row of its column is a prediction. Lanes are
+    those of the call nearest the median, on rank 0; the speedup is that of the medians.
 
     Args:
-        records: of a run whose folder holds `traces/` (`records.attrs["folder"]`).
+        records: of a run whose folder holds its traces (`records.attrs["folder"]`).
 
     Raises:
-        UsageError: no correct case of `ulysses` and `hcms`, or no trace of one.
+        UsageError: no correct case of Ulysses and HCMS, or no trace of one.
     """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    cases = measured(records)
-    longest = cases[cases["seq_len"] == cases["seq_len"].max()]
-    rows = []
-    for method in ("ulysses", "hcms"):
-        found = longest[longest["method"] == method].sort_values("latency_ms")
-        if found.empty:
-            raise UsageError(f"figure 1 needs ulysses and hcms, and these records hold no correct case of {method}")
-        rows.append(found.iloc[0])
-    serial = rows[0]
-    costs = IdealCosts(float(serial["comm_ratio"]), int(serial["world_size"]), float(serial["attention_ms"]))
+    cases = parts.of_one_link(measured(records))
+    cases = cases[cases["seq_len"] == cases["seq_len"].max()]
+    cases = cases[cases["world_size"] == cases["world_size"].max()]
+    cases.attrs = dict(records.attrs)
+    kernels = {str(kernel): _runs(its, cases.attrs) for kernel, its in cases.groupby("kernel", sort=False)}
+    if not kernels:
+        raise UsageError(f"figure 1 needs {BASE} and hcms, and these records hold no correct case of either")
+    columns = [[(run, run.timeline) for run in runs] for runs in kernels.values()]
+    if len(kernels) == 1:
+        columns.append([(run, _simulated(run, columns[0][0][0].case)) for run, _ in columns[0]])
+    height = max(map(len, columns))
     with style.use():
-        fig, axes = plt.subplots(2, 2, figsize=style.size("page", 0.42), sharex=True, squeeze=False)
-        for pair, case in zip(axes, rows, strict=True):
-            ran = measured_timeline(Path(str(records.attrs.get("folder", ""))), case)
-            told = predict(ran.schedule, costs)
-            name = " ".join([style.label(str(case["method"])), *([str(case["cut"])] if case["cut"] else [])])
-            _lanes(pair[0], ran)
-            _lanes(pair[1], told)
-            ratio = float(serial["latency_ms"]) / float(case["latency_ms"])
-            gain = "" if case["method"] == "ulysses" else f": ×{ratio:.2f}"
-            pair[0].set_title(f"{name}, measured{gain}")
-            pair[1].set_title(f"{name}, simulated")
-        for ax in axes[1]:
-            ax.margins(x=0)
-            ax.set_xlabel("ms since the call began")
-        ratio = f"ρ = {float(serial['comm_ratio']):.2f}"
-        parts.headline(fig, f"{parts.where(longest)} · {parts.layer(longest)} · {ratio}")
-        colours = style.KIND_COLOURS
-        handles: list[Patch] = [Patch(color=colours[kind], label=text) for kind, text in KINDS.items()]
-        handles.append(Patch(facecolor="#999999", label="simulated", **style.PREDICTED))
-        fig.legend(handles=handles, loc="outside lower center", ncols=4)
-        ours = rows[1]
-        fig.set_label(
-            f"Lanes over time of one attention layer: serial Ulysses {serial['latency_ms']:.0f} ms above HCMS "
-            f"{ours['latency_ms']:.0f} ms, where exchanges run beside attention; the simulator's picture beside each."
+        lanes = [max(len(_rows(column[i][1])) for column in columns if i < len(column)) for i in range(height)]
+        fig, axes = plt.subplots(
+            height, len(columns), figsize=(style.PAGE_IN, 0.9 + 0.55 * height + 0.26 * sum(lanes)), sharex=True,
+            squeeze=False, height_ratios=[count + 0.5 for count in lanes],
+        )  # fmt: skip
+        drawn: set[str] = set()
+        for column, its in zip(axes.T, columns, strict=True):
+            for ax in column[len(its) :]:
+                ax.set_visible(False)
+            for ax, (run, timeline) in zip(column, its, strict=False):
+                drawn |= _lanes(ax, timeline)
+                ax.set_title(_title(run, timeline, several=len(kernels) > 1))
+            column[len(its) - 1].set_xlabel("ms since the call began")
+            column[len(its) - 1].tick_params(labelbottom=True)
+        reach_ms = max(timeline.duration_ms for column in columns for _, timeline in column)
+        axes[0, 0].set_xlim(0, 1.15 * reach_ms)
+        ratios = [runs[0].case for runs in kernels.values()]
+        rho = ", ".join(
+            f"ρ = {case['comm_ratio']:.2f}" + (f" ({case['kernel']})" if len(ratios) > 1 else "") for case in ratios
         )
+        parts.headline(fig, f"{parts.where(cases)} · {parts.layer(cases)}", rho)
+        handles = [Patch(color=_colour(kind), label=text) for kind, text in KINDS.items() if kind in drawn]
+        if drawn - set(KINDS):
+            handles.append(Patch(color=style.KIND_COLOURS["other"], label=COPIES))
+        if len(kernels) == 1:
+            handles.append(Patch(facecolor="#999999", label="simulated", **style.PREDICTED))
+        fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        fig.set_label(_alt(kernels))
     return fig
 
 
-def measured_timeline(folder: Path, case: pd.Series) -> Timeline:
-    """A case's most usual call on rank 0 from its Chrome trace, its Schedule rebuilt from what the trace says.
+def _runs(cases: pd.DataFrame, attrs: dict) -> list[Run]:
+    """Ulysses and each overlapping method at its fastest fixed cut that has a trace, in the order of the methods.
 
     Raises:
-        UsageError: the run's folder holds no such trace.
+        UsageError: one of the two is missing.
     """
-    ratio = "" if pd.isna(case["link_ratio"]) else f"-rho{case['link_ratio']:g}"
-    name = f"{case['method']}-CUT-{int(case['world_size'])}x{int(case['seq_len'])}{ratio}.json"
-    cut_text = str(case["cut"] or "").removeprefix("auto:")
-    wanted = re.compile(r"\d+-" + re.escape(name).replace("CUT", re.escape(cut_text) or r"(whole|\d+)"))
-    found = [path for path in sorted((folder / "traces").glob("*.json")) if wanted.fullmatch(path.name)]
-    if not found:
-        raise UsageError(f"no trace {folder}/traces/*-{name}: run python experiments/run.py +exp=fig1")
-    events = json.loads(found[0].read_text())["traceEvents"]
-    lanes = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-    spans = []
-    for event in (e for e in events if e["ph"] == "X"):
-        kind, chunk = event["name"].split()
-        args = event["args"]
-        op = Op(kind, int(chunk), lanes[event["tid"]], tuple(args["after"]), args["tensors"])
-        spans.append(Span(op, event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3))
-    whole = (int(case["heads"]) // int(case["world_size"]),)
-    cut = tuple(map(int, cut_text.split("-"))) if cut_text else whole
-    schedule = Schedule(str(case["schedule"]), cut, tuple(span.op for span in spans))
-    return Timeline(schedule, tuple(spans), max(span.end_ms for span in spans), "measured")
+    folder = Path(str(attrs.get("folder", "")))
+    by_latency = cases.sort_values("latency_ms")
+    fixed = fixed_cuts(by_latency)
+    runs: list[Run] = []
+    for method in [BASE, *overlapping()]:
+        some = fixed if (fixed["method"] == method).any() else by_latency
+        case = next((case for _, case in some[some["method"] == method].iterrows()), None)
+        if case is None:
+            if method == BASE:
+                raise UsageError(f"figure 1 needs {BASE} and hcms, and these records hold no correct case of {BASE}")
+            continue
+        path = traces.find(folder, case.to_dict())
+        if path is None:
+            raise UsageError(f"no trace {folder / traces.FOLDER / traces.name(case.to_dict())}: run +exp=fig1 again")
+        base_ms = runs[0].case["latency_ms"] if runs else case["latency_ms"]
+        runs.append(Run(case, traces.read(path, case.to_dict()), float(base_ms) / float(case["latency_ms"])))
+    if len(runs) < 2:
+        wanted = " or ".join(overlapping())
+        raise UsageError(f"figure 1 needs {BASE} and hcms, and these records hold no correct case of {wanted}")
+    return runs
 
 
-def _lanes(ax: Axes, timeline: Timeline) -> None:
-    """Bars by lane, attention above the link; what communicates is on the link even where one lane carries all."""
-    lanes = [COMPUTE, COMM] + [lane for lane in timeline.schedule.lanes if lane == COMM_OUT]
-    hatched = {"edgecolor": "white", "linewidth": 0.7}
+def _simulated(run: Run, serial: pd.Series) -> Timeline:
+    costs = IdealCosts(float(serial["comm_ratio"]), int(serial["world_size"]), float(serial["attention_ms"]))
+    return predict(run.timeline.schedule, costs)
+
+
+def _title(run: Run, timeline: Timeline, *, several: bool) -> str:
+    name = style.label(str(run.case["method"]))
+    words = [
+        name,
+        *([short_cut(str(run.case["cut"]).removeprefix("auto:"))] if METHODS[run.case["method"]].cuts else []),
+    ]
+    if several:
+        return f"{run.case['kernel']}: {' '.join(words)}" + (
+            "" if run.case["method"] == BASE else f", ×{run.speedup:.2f}"
+        )
     if timeline.source == "predicted":
-        hatched = style.PREDICTED | hatched
-    end_ms = timeline.duration_ms
+        return f"{' '.join(words)}, simulated"
+    return f"{' '.join(words)}, measured" + ("" if run.case["method"] == BASE else f": ×{run.speedup:.2f}")
+
+
+def _alt(kernels: dict[str, list[Run]]) -> str:
+    each = []
+    for kernel, (serial, *others) in kernels.items():
+        beside = ", ".join(f"{style.label(str(run.case['method']))} {run.case['latency_ms']:.3g} ms" for run in others)
+        each.append(f"{kernel}: serial Ulysses {serial.case['latency_ms']:.3g} ms, {beside}")
+    return f"Lanes over time of one attention layer. {'; '.join(each)}."
+
+
+def _colour(kind: str) -> str:
+    return style.KIND_COLOURS.get(kind, style.KIND_COLOURS["other"])
+
+
+def _lane(span: Span) -> str:
+    """What communicates is on the link even where one lane carries all."""
+    on_compute = span.op.lane.startswith(COMPUTE)
+    return COMM if on_compute and span.op.kind in COMMUNICATES else span.op.lane
+
+
+def _rows(timeline: Timeline) -> list[str]:
+    """The lanes that a timeline uses: attention's above the link's, those without a label last."""
+    used = dict.fromkeys(map(_lane, timeline.spans))
+    return [lane for lane in LANES if lane in used] + [lane for lane in used if lane not in LANES]
+
+
+def _lanes(ax: Axes, timeline: Timeline) -> set[str]:
+    """Bars by lane, attention above the link; returns the kinds that were drawn."""
+    lanes = _rows(timeline)
+    is_predicted = timeline.source == "predicted"
+    look = {"edgecolor": "white", "linewidth": 0.7}
+    if is_predicted:
+        look = style.PREDICTED | look
+    cut, end_ms = timeline.schedule.cut, timeline.duration_ms
     for span in timeline.spans:
-        lane = span.op.lane if span.op.kind == "attend" or span.op.lane != COMPUTE else COMM
-        y = lanes.index(lane)
-        colour = style.KIND_COLOURS[span.op.kind]
-        ax.barh(y, span.duration_ms, left=span.begin_ms, height=0.72, color=colour, **hatched)
-        if span.op.kind == "attend" and len(timeline.schedule.cut) > 1:
+        y, colour = lanes.index(_lane(span)), _colour(span.op.kind)
+        thin = span.duration_ms < 0.01 * end_ms  # an edge would hide it
+        ax.barh(
+            y,
+            span.duration_ms,
+            left=span.begin_ms,
+            height=0.72,
+            color=colour,
+            **(look | {"linewidth": 0.0} if thin else look),
+        )
+        if span.op.kind == "attend" and len(cut) > 1 and span.duration_ms > 0.03 * end_ms:
             middle = (span.begin_ms + span.end_ms) / 2
-            box = {"facecolor": colour, "edgecolor": "none", "pad": 1.0} if timeline.source == "predicted" else None
-            heads = str(timeline.schedule.cut[span.op.chunk])
+            box = {"facecolor": colour, "edgecolor": "none", "pad": 1.0} if is_predicted else None
+            heads = str(cut[span.op.chunk])
             ax.text(middle, y, heads, ha="center", va="center", color="white", fontsize=7, bbox=box)
-    ax.set_yticks(range(len(lanes)), [LANES[lane] for lane in lanes])
+    ax.set_yticks(range(len(lanes)), [LANES.get(lane, lane) for lane in lanes])
     ax.set_ylim(len(lanes) - 0.5, -0.5)
     ax.axvline(end_ms, color="black", linewidth=0.8)
-    ax.text(end_ms, (len(lanes) - 1) / 2, f" {end_ms:.0f} ms", ha="left", va="center", fontsize=7)
+    digits = 0 if end_ms >= 20 else 1
+    ax.text(end_ms, (len(lanes) - 1) / 2, f" {end_ms:.{digits}f} ms", ha="left", va="center", fontsize=7)
     ax.grid(axis="y", visible=False)
-    ax.set_xlim(0, max(ax.get_xlim()[1], 1.15 * end_ms))
+    return {span.op.kind for span in timeline.spans}

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from hcms_lab.ground.cuts import chunks
 from hcms_lab.report import parts, style
 from hcms_lab.report.closed_form import two_lane_speedup
-from hcms_lab.report.stats import POINT, fastest, measured, ratio_of_medians
+from hcms_lab.report.registry import register
+from hcms_lab.report.stats import fastest, measured, point_columns, ratio_of_medians
+from hcms_lab.report.words import short_cut
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +34,7 @@ SIMULATED: dict[str, Any] = {
 }
 
 
+@register("fig2", "Latency by the number of chunks")
 def fig2(records: pd.DataFrame) -> Figure:
     """A panel for each link ratio (or length); measured points with quartiles, closed form and simulator beside them.
 
@@ -39,12 +43,12 @@ def fig2(records: pd.DataFrame) -> Figure:
     """
     import matplotlib.pyplot as plt
 
-    cases = measured(records)
+    cases = parts.of_one_link(measured(records))
     cases = cases.assign(
-        chunks=[len(str(cut).split("-")) if cut else 1 for cut in cases["cut"]],
+        chunks=[chunks(cut) for cut in cases["cut"]],
         shape=[parts.cut_shape(str(cut)) if cut else "" for cut in cases["cut"]],
     )
-    points = [point for _, point in cases.groupby(POINT, dropna=False, sort=False)]
+    points = [point for _, point in cases.groupby(point_columns(cases), dropna=False, sort=False)]
     points.sort(key=lambda point: (float(point["comm_ratio"].iloc[0]), point["seq_len"].iloc[0]))
     with style.use():
         fig, axes = plt.subplots(1, len(points), figsize=style.size("page", 0.55), squeeze=False)
@@ -55,15 +59,15 @@ def fig2(records: pd.DataFrame) -> Figure:
         parts.headline(
             fig,
             f"{parts.where(cases)} · {parts.layer(cases)}",
-            f"n = {int(cases['n'].min())} · {parts.prediction_note(records)}".removesuffix(" · "),
+            f"n = {int(cases['n'].min())} · {parts.prediction_note(cases)}".removesuffix(" · "),
         )
         if lengths > 1:
             for ax, point in zip(axes[0], points, strict=True):
                 ax.set_title(f"{int(point['seq_len'].iloc[0]):,} tokens, {ax.get_title(loc='left')}")
         parts.legend_below(fig, list(axes[0]), columns=3)
         best = fastest(cases).sort_values("comm_ratio").to_dict("records")
-        told = "; ".join(f"{case['cut']} at ρ = {case['comm_ratio']:.2f}" for case in best)
-        fig.set_label(f"Latency by the number of chunks, for equal, uneven and tapered cuts. Fastest: {told}.")
+        each = "; ".join(f"{case['cut']} at ρ = {case['comm_ratio']:.2f}" for case in best)
+        fig.set_label(f"Latency by the number of chunks, for equal, uneven and tapered cuts. Fastest: {each}.")
     return fig
 
 
@@ -74,9 +78,9 @@ def tapered_over_equal(point: pd.DataFrame) -> list[str]:
     tapered = ours[(ours["shape"] == "tapered") & (ours["chunks"] <= FEW)]
     if equal.empty or tapered.empty:
         return []
-    found = ratio_of_medians(equal["times_ms"].iloc[0], tapered["times_ms"].iloc[0])
+    lead = ratio_of_medians(equal["times_ms"].iloc[0], tapered["times_ms"].iloc[0])
     names = f"{tapered['cut'].iloc[0]} over {equal['chunks'].iloc[0]} equal chunks"
-    return [f"{names}: ×{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"]
+    return [f"{names}: ×{lead.value:.3f} [{lead.low:.3f}, {lead.high:.3f}]"]
 
 
 def _panel(ax: Axes, point: pd.DataFrame) -> None:
@@ -108,15 +112,16 @@ def _panel(ax: Axes, point: pd.DataFrame) -> None:
         x = [place[k] + (0.14 if tapered else -0.14) for k in some["chunks"]]
         colour = style.colour("hcms-3lane" if tapered else "hcms")
         parts.latency_line(ax, x, some, linestyle="", color=colour, markersize=5, **look)
-        told = [(at, ms) for at, ms in zip(x, some["predicted_ms"], strict=True) if pd.notna(ms)]
-        if told:
-            ax.plot(*zip(*told, strict=True), **SIMULATED)
+        predicted = [(at, ms) for at, ms in zip(x, some["predicted_ms"], strict=True) if pd.notna(ms)]
+        if predicted:
+            ax.plot(*zip(*predicted, strict=True), **SIMULATED)
         for at, case in zip(x, some.to_dict("records"), strict=True):
             if shape != "equal":
                 top_ms = case["latency_ms"] + parts.iqr(case["times_ms"])[2]
                 ax.annotate(
-                    case["cut"], (at, top_ms), xytext=(0, 5), textcoords="offset points", ha="center", va="bottom",
-                    fontsize=6.5, rotation=90, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+                    short_cut(case["cut"]), (at, top_ms), xytext=(0, 5), textcoords="offset points", ha="center",
+                    va="bottom", fontsize=6.5, rotation=90,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
                 )  # fmt: skip
     ax.set_xlabel("chunks")
     ax.set_xticks(list(place.values()), [str(k) for k in counts])

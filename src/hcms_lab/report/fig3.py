@@ -7,25 +7,27 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from hcms_lab.report import parts, style
-from hcms_lab.report.claims import band, fixed_cuts
-from hcms_lab.report.stats import fastest, measured, speedups
+from hcms_lab.report.claims import band
+from hcms_lab.report.registry import register
+from hcms_lab.report.stats import fastest, fixed_cuts, gains, measured, overlapping
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LATENCY = ("ulysses", "ulysses-packed", "hcms-serial", "hcms", "hcms-3lane", "ring", "ceiling")
 PANELS = (("ulysses", "C1"), ("ring", "C2"))
 
 
+@register("fig3", "Latency by sequence length")
 def fig3(records: pd.DataFrame) -> Figure:
     """Latency of each method with quartiles above; speedup over Ulysses and over Ring with 95 % intervals below.
 
-    Of `hcms` the fastest fixed cut at each length is drawn.
+    Of a method that cuts heads the fastest fixed cut at each length is drawn; its speedup is that of rounds that did
+    not pick it.
     """
     import matplotlib.pyplot as plt
 
-    cases = measured(fixed_cuts(records))
+    cases = parts.of_one_link(measured(fixed_cuts(records)))
     lengths = sorted(int(s) for s in cases["seq_len"].unique())
     with style.use():
         fig, axes = plt.subplot_mosaic(
@@ -34,10 +36,9 @@ def fig3(records: pd.DataFrame) -> Figure:
             height_ratios=[1.15, 1],
         )
         top = axes["latency"]
-        for method in style.in_order(LATENCY):
+        for method in parts.methods_of(cases):
             best = fastest(cases, method).sort_values("seq_len")
-            if len(best):
-                parts.latency_line(top, best["seq_len"].tolist(), best, **parts.method_look(method))
+            parts.latency_line(top, best["seq_len"].tolist(), best, **parts.method_look(method))
         top.set_ylabel("latency, ms")
         top.set_ylim(bottom=0)
         top.legend(loc="upper left", ncols=2)  # serves all panels: a method looks the same in each
@@ -47,18 +48,17 @@ def fig3(records: pd.DataFrame) -> Figure:
             ax.set_xticks(lengths, [f"{s:,}" for s in lengths])
             ax.set_xlabel("tokens")
         ratios = [float(x) for x in cases.drop_duplicates("seq_len")["comm_ratio"].dropna()]
-        rho = f"measured ρ {min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
-        cuts = " or ".join(dict.fromkeys(fastest(cases).sort_values("seq_len")["cut"]))
-        rounds = f"n = {int(cases['n'].min())}"
+        ends = dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios, default=0.0), max(ratios, default=0.0)))
+        rho = f"measured ρ {' to '.join(ends)}"
+        over_ulysses = gains(cases, "ulysses")
         parts.headline(
-            fig, f"{parts.where(cases)} · {parts.layer(cases, tokens=False)}", f"{rho} · {rounds} · HCMS: cut {cuts}"
+            fig,
+            f"{parts.where(cases)} · {parts.layer(cases, tokens=False)}",
+            f"{rho} · n = {int(cases['n'].min())} · {parts.cuts_of(over_ulysses, 'seq_len')}",
+            parts.prediction_note(cases),
         )
         parts.describe(
-            fig,
-            "Latency by sequence length; speedup over Ulysses",
-            speedups(cases, "ulysses"),
-            "seq_len",
-            "{:,.0f} tokens",
+            fig, "Latency by sequence length; speedup over Ulysses", over_ulysses, "seq_len", "{:,.0f} tokens"
         )
     return fig
 
@@ -71,9 +71,10 @@ def _speedups(ax: Axes, cases: pd.DataFrame, base: str, claim: str) -> None:
         textcoords="offset points", va="center", fontsize=6.5, path_effects=parts.halo(),
     )  # fmt: skip
     ax.axhline(1, color=style.colour(base), linewidth=1)
-    against = speedups(cases, base)
-    for method in ("ulysses", "hcms", "ring", "ceiling"):
-        if method != base and len(best := fastest(against, method).sort_values("seq_len")):
+    drawn = ("ulysses", *overlapping(), "ring", "ceiling")
+    for method in (m for m in parts.methods_of(cases) if m in drawn and m != base):
+        best = gains(cases, base, [method]).sort_values("seq_len")
+        if len(best):
             parts.speedup_line(ax, best["seq_len"].tolist(), best, **parts.method_look(method))
     ax.set_ylabel(f"speedup over {style.label(base)}")
     parts.as_times(ax)

@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from hcms_lab.ground.cuts import chunks
 from hcms_lab.report import parts, style
-from hcms_lab.report.claims import (
-    correlation_in_words,
-    correlation_of_gains,
-    fixed_cuts,
-    gain_at,
-    gains,
-    percent,
-    ratio_gains,
-)
 from hcms_lab.report.closed_form import speedup_limit, two_lane_speedup
-from hcms_lab.report.stats import fastest, measured, speedups
+from hcms_lab.report.judge_ratio import correlation_in_words, correlation_of_gains, gain_at, ratio_gains
+from hcms_lab.report.registry import register
+from hcms_lab.report.stats import fastest, fixed_cuts, gains, measured, overlapping, speedups
+from hcms_lab.report.words import percent, short_cut
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +25,7 @@ CUT_MARKERS = ("D", "^", "p", "h", "v")
 AUTO = "chosen automatically"
 
 
+@register("fig5", "Speedup by communication ratio")
 def fig5(records: pd.DataFrame) -> Figure:
     """Measured speedups with 95 % intervals over Ulysses, and over the stronger baseline that packs Q, K and V.
 
@@ -38,6 +34,7 @@ def fig5(records: pd.DataFrame) -> Figure:
     """
     import matplotlib.pyplot as plt
 
+    records = parts.of_one_link(records)
     cases = measured(records)
     with style.use():
         fig, axes = plt.subplots(1, 2, figsize=style.size("page", 0.62), sharey=True, sharex=True)
@@ -48,7 +45,7 @@ def fig5(records: pd.DataFrame) -> Figure:
         headline = [f"{parts.where(cases)} · {parts.layer(cases)}", *verdicts(records)]
         parts.headline(fig, *headline)
         parts.legend_below(fig, list(axes), columns=3)
-        parts.describe(fig, "Speedup over Ulysses", ratio_gains(records), "comm_ratio", "ρ = {:.2f}")
+        parts.describe(fig, "Speedup over Ulysses", ratio_gains(records), "ratio", "ρ = {:.2f}")
     return fig
 
 
@@ -63,7 +60,7 @@ def verdicts(records: pd.DataFrame) -> list[str]:
     if len(points) >= 3:
         words.append(correlation_in_words(correlation_of_gains(points)))
     words.append(_read_off("over Ulysses", points, MARKS))
-    words.append(_read_off("over packed", gains(records, "ulysses-packed"), STRONGER_AT))
+    words.append(_read_off("over packed", gains(records, "ulysses-packed"), STRONGER_AT, "comm_ratio"))
     more = [f"n = {int(measured(records)['n'].min())}"]
     over_serial = speedups(records, ("ulysses", "ulysses-packed"))
     chosen = over_serial[over_serial["cut"].fillna("").astype(str).str.startswith("auto")]
@@ -72,14 +69,14 @@ def verdicts(records: pd.DataFrame) -> list[str]:
         near = [best.get(case["comm_ratio"], np.nan) / case["latency_ms"] for case in chosen.to_dict("records")]
         text = f"automatic cut at worst ×{chosen['speedup'].min():.2f} of the faster Ulysses"
         more.append(text + (f", ×{np.nanmin(near):.2f} of the best fixed" if np.isfinite(near).any() else ""))
-    more.append(parts.prediction_note(records))
-    return [" · ".join(word for word in line if word) for line in (words, more)]
+    lines = (words, more, [parts.prediction_note(records)])
+    return [" · ".join(word for word in line if word) for line in lines]
 
 
-def _read_off(what: str, points: pd.DataFrame, ratios: tuple[float, ...]) -> str:
-    found = [(ratio, gain_at(points, ratio)) for ratio in ratios]
-    told = [f"{percent(gain.value - 1)} at {ratio:.2f}" for ratio, gain in found if gain is not None]
-    return f"{what} {', '.join(told)}" if told else ""
+def _read_off(what: str, points: pd.DataFrame, ratios: tuple[float, ...], column: str = "ratio") -> str:
+    read = [(ratio, gain_at(points, ratio, column)) for ratio in ratios]
+    words = [f"{percent(gain.value - 1)} at {ratio:.2f}" for ratio, gain in read if gain is not None]
+    return f"{what} {', '.join(words)}" if words else ""
 
 
 def _panel(ax: Axes, cases: pd.DataFrame, base: str) -> None:
@@ -93,32 +90,40 @@ def _panel(ax: Axes, cases: pd.DataFrame, base: str) -> None:
         )  # fmt: skip
     top = float(cases["comm_ratio"].max())
     ratios = np.linspace(0, min(0.95, top * 1.03), 200)
-    ours = cases[cases["method"] == "hcms"]
+    ours = cases[cases["method"].isin(overlapping())]
+    several = ours["method"].nunique() > 1
     ours = ours.assign(
-        name=[AUTO if str(cut).startswith("auto") else f"cut {cut}" for cut in ours["cut"]],
-        chunks=[len(str(cut).split("-")) for cut in ours["cut"]],
+        name=[
+            (f"{style.label(method)}, " if several else "HCMS, ")
+            + (AUTO if str(cut).startswith("auto") else f"cut {short_cut(str(cut))}")
+            for method, cut in zip(ours["method"], ours["cut"], strict=True)
+        ],
+        chunks=[chunks(cut) for cut in ours["cut"]],
     )
-    equal = [case["chunks"] for case in ours.to_dict("records") if len(set(str(case["cut"]).split("-"))) == 1]
+    equal = [case["chunks"] for case in ours.to_dict("records") if parts.cut_shape(case["cut"]) == "equal"]
     if equal:
-        chunks = max(equal)
-        bound = [two_lane_speedup(float(r), chunks) for r in ratios]
+        most = max(equal)
+        bound = [two_lane_speedup(float(r), most) for r in ratios]
         look = {"color": style.colour("hcms"), "linewidth": 1, "linestyle": (0, (1, 1))}
-        ax.plot(ratios, bound, label=f"closed form, {chunks} equal chunks", **look)
+        ax.plot(ratios, bound, label=f"closed form, {most} equal chunks", **look)
     limit = {"color": "black", "linewidth": 0.8, "linestyle": (0, (4, 2))}
     ax.plot(ratios, [speedup_limit(float(r)) for r in ratios], label="limit of any overlap", **limit)
-    names = [*sorted(set(ours["name"]) - {AUTO}), *([AUTO] if AUTO in set(ours["name"]) else [])]
+    names = sorted(set(ours["name"]), key=lambda name: (name.endswith(AUTO), name))
     width = 0.003 * top / 0.6
     for i, name in enumerate(names):
         some = ours[ours["name"] == name].sort_values("comm_ratio")
         x = some["comm_ratio"] + width * (2 * i - len(names) + 1)
-        colour = style.colour("hcms-3lane" if name == AUTO else "hcms")
+        is_auto = name.endswith(AUTO)
+        colour = style.colour("hcms-3lane" if is_auto and not several else str(some["method"].iloc[0]))
         look = {"color": colour, "marker": CUT_MARKERS[i % len(CUT_MARKERS)], "markersize": 4, "linestyle": ""}
-        parts.speedup_line(ax, x.tolist(), some, label=f"HCMS, {name}", **look)
-        told = some["predicted_speedup"].notna()
-        if told.any() and name != AUTO:
+        parts.speedup_line(ax, x.tolist(), some, label=name, **look)
+        predicted = some["predicted_speedup"].notna()
+        if predicted.any() and not is_auto:
             hollow = {"color": "black", "marker": look["marker"], "markersize": 7, "markerfacecolor": "none"}
-            x, y = x[told], some.loc[told, "predicted_speedup"]
-            ax.plot(x, y, linestyle="", markeredgewidth=0.6, label=f"simulator, {name}", **hollow)
+            x, y = x[predicted], some.loc[predicted, "predicted_speedup"]
+            ax.plot(
+                x, y, linestyle="", markeredgewidth=0.6, label=f"simulator, {name.removeprefix('HCMS, ')}", **hollow
+            )
     ring = cases[cases["method"] == "ring"].sort_values("comm_ratio")
     if len(ring):
         parts.speedup_line(ax, ring["comm_ratio"].tolist(), ring, **(parts.method_look("ring") | {"linewidth": 0.8}))

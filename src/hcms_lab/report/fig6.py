@@ -8,8 +8,10 @@ import pandas as pd
 
 from hcms.schedule import catalogue
 from hcms_lab.report import parts, style
-from hcms_lab.report.claims import band, fixed_cuts
-from hcms_lab.report.stats import fastest, speedups
+from hcms_lab.report.claims import band
+from hcms_lab.report.registry import register
+from hcms_lab.report.stats import gains
+from hcms_lab.report.words import listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 BASELINES = ("ulysses", "ulysses-packed")
 
 
+@register("fig6", "Hardware types")
 def fig6(records: pd.DataFrame) -> Figure:
     """Gains of HCMS over the faster Ulysses; measured above, solid; predicted below, hatched.
 
@@ -44,12 +47,12 @@ def fig6(records: pd.DataFrame) -> Figure:
         if above and below:
             axes[1, 0].set_title("predicted from data sheets and published rates")
         axes[-1, 0].set_xlabel("gain of HCMS over the faster Ulysses, %")
-        told = records[records["source"] == "predicted"]
-        ranks = ", ".join(str(int(p)) for p in sorted(told["world_size"].unique()))
-        lengths = sorted({int(s) for s in told["seq_len"]})
+        predicted = records[records["source"] == "predicted"]
+        ranks = listed(predicted["world_size"])
+        lengths = sorted({int(s) for s in predicted["seq_len"]})
         parts.headline(
             fig,
-            f"hardware types · predictions: {ranks} GPUs, {parts.layer(told, kernel=False)}, "
+            f"hardware types · predictions: {ranks} GPUs, {parts.layer(predicted, kernel=False)}, "
             + " and ".join(f"{s:,} tokens" for s in lengths),
         )
         colours = _colours()
@@ -74,36 +77,37 @@ def _colours() -> tuple[str, str]:
 
 def measured_rows(records: pd.DataFrame) -> list[dict[str, Any]]:
     """A row a hardware, link and rank count: gain with its interval at the shortest and the longest sequence."""
-    best = fastest(speedups(fixed_cuts(records), BASELINES))
+    best = gains(records, BASELINES)
     rows = []
     for (hardware, link, _, _), cases in best.groupby(["hardware", "link", "world_size", "heads"]):
         ordered = cases.sort_values("seq_len")
         ends = [ordered.iloc[0], ordered.iloc[-1]] if len(ordered) > 1 else [ordered.iloc[0]]
-        gains = [tuple(float(case[c]) - 1 for c in ("speedup", "speedup_low", "speedup_high")) for case in ends]
+        shares = [tuple(float(case[c]) - 1 for c in ("speedup", "speedup_low", "speedup_high")) for case in ends]
         rho = " / ".join(f"{100 * float(case['comm_ratio']):.0f}" for case in ends)
         shared = ", cores shared" if (cases["ranks_per_core"].fillna(1) > 1).any() else ""
         tokens = " / ".join(f"{int(case['seq_len']):,}" for case in ends)
         ranks = int(ends[0]["world_size"])
         note = f"ρ {rho} %, {tokens} tokens, {int(ends[0]['heads']) // ranks} heads{shared}"
-        rows.append({"label": f"{hardware}, {ranks} ranks, {link}", "gains": gains, "note": note})
+        held = f"one rank of {ranks}" if link == "ghost" else f"{ranks} ranks"
+        rows.append({"label": f"{hardware}, {held}, {link}", "gains": shares, "note": note})
     return rows
 
 
 def predicted_rows(records: pd.DataFrame) -> list[dict[str, Any]]:
     """A row a GPU and link, the highest gain first."""
-    told = records[(records["source"] == "predicted") & (records["method"] == "hcms")]
+    predicted = records[(records["source"] == "predicted") & (records["method"] == "hcms")]
     known = catalogue.load().gpus
     rows = []
-    for (slug, link, _), cases in told.groupby(["hardware", "link", "world_size"], sort=False):
+    for (slug, link, _), cases in predicted.groupby(["hardware", "link", "world_size"], sort=False):
         ordered = cases.sort_values("seq_len")
         ends = [ordered.iloc[0], ordered.iloc[-1]] if len(ordered) > 1 else [ordered.iloc[0]]
         columns = ("predicted_gain", "predicted_gain_low", "predicted_gain_high")
-        gains = [tuple(float(case[c]) for c in columns) for case in ends]
+        shares = [tuple(float(case[c]) for c in columns) for case in ends]
         rho = " / ".join(f"{100 * float(case['comm_ratio']):.0f}" for case in ends)
         name = known[str(slug)].name if str(slug) in known else str(slug)
-        several = f", {int(ends[0]['world_size'])} GPUs" if told["world_size"].nunique() > 1 else ""
+        several = f", {int(ends[0]['world_size'])} GPUs" if predicted["world_size"].nunique() > 1 else ""
         label = f"{name}, {link}{several}"
-        rows.append({"label": label, "gains": gains, "note": f"ρ {rho} %, {ends[0]['kernel']}"})
+        rows.append({"label": label, "gains": shares, "note": f"ρ {rho} %, {ends[0]['kernel']}"})
     return sorted(rows, key=lambda row: -row["gains"][0][0])
 
 

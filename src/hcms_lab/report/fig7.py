@@ -9,13 +9,13 @@ import pandas as pd
 
 from hcms_lab.report import parts, style
 from hcms_lab.report.claims import claims
+from hcms_lab.report.registry import register
 from hcms_lab.report.stats import measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-METHODS = ("ulysses", "ulysses-packed", "hcms", "hcms-3lane", "ring")
 POINT = ["workload", "world_size", "link", "link_ratio", "num_frames"]
 
 # From the attention outwards: name, the records' columns, colour.
@@ -30,6 +30,7 @@ STACK: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 
 
+@register("fig7", "The whole Wan2.2 pipeline", stills="media/still-*.png")
 def fig7(records: pd.DataFrame) -> Figure:
     """A row a clip length: stacked parts of each method; gains of attention and clip; the clip's against Amdahl's law.
 
@@ -40,7 +41,7 @@ def fig7(records: pd.DataFrame) -> Figure:
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    cases = measured(records)
+    cases = parts.of_one_link(measured(records))
     points = [
         (key, rows) for key, rows in cases.groupby(POINT, dropna=False, sort=False) if "ulysses" in set(rows["method"])
     ]
@@ -48,17 +49,17 @@ def fig7(records: pd.DataFrame) -> Figure:
         fig, axes = plt.subplots(
             len(points), 3, figsize=(style.PAGE_IN, 0.9 + 1.95 * len(points)), width_ratios=(1.35, 1, 1), squeeze=False
         )
-        told = []
+        sentences = []
         for row, (_, rows) in zip(axes, points, strict=True):
             best = rows.sort_values("latency_ms").drop_duplicates("method").set_index("method")
-            best = best.loc[[m for m in METHODS if m in best.index]]
+            best = best.loc[style.in_order(best.index)]
             _stack(row[0], best)
             _gains(row[1], best)
             _amdahl(row[2], best)
             first = best.iloc[0]
             rho = "" if pd.isna(first["comm_ratio"]) else f", ρ = {float(first['comm_ratio']):.2f}"
             row[0].set_title(f"{int(first['num_frames'])} frames, {int(first['seq_len']):,} tokens{rho}")
-            told.append(_told(best))
+            sentences.append(_in_words(best))
         for ax, title in ((axes[0][1], "gain over Ulysses"), (axes[0][2], "against Amdahl's law")):
             ax.set_title(title)
         one = cases.iloc[0]
@@ -72,7 +73,7 @@ def fig7(records: pd.DataFrame) -> Figure:
         )
         handles: list[Any] = [Patch(color=colour, label=name) for name, _, colour in STACK]
         fig.legend(handles=handles, loc="outside lower center", ncols=4)
-        fig.set_label(" ".join(told))
+        fig.set_label(" ".join(sentences))
     return fig
 
 
@@ -81,7 +82,7 @@ def _cuts(cases: pd.DataFrame) -> list[tuple[str, str]]:
     return [(str(m), str(c)) for m, c in zip(best["method"], best["cut"], strict=True)]
 
 
-def _told(best: pd.DataFrame) -> str:
+def _in_words(best: pd.DataFrame) -> str:
     hcms: Any = best.loc["hcms"] if "hcms" in best.index else best.iloc[-1]
     share = 100 * float(best.iloc[0]["self_attention_share"])
     attention, clip = (100 * (float(hcms[c]) - 1) for c in ("attention_speedup_vs_ulysses", "speedup_vs_ulysses"))
@@ -131,8 +132,7 @@ def _gains(ax: Axes, best: pd.DataFrame) -> None:
                     xytext=(2, 1.5 if above else -1.5), textcoords="offset points", ha="left",
                     va="bottom" if above else "top", fontsize=6, path_effects=parts.halo())  # fmt: skip
     ax.axhline(0, color=style.colour("ulysses"), linewidth=1)
-    short = {"ulysses-packed": "Ulysses,\npacked", "hcms-3lane": "HCMS,\n3 lanes"}
-    ax.set_xticks(rows, [short.get(str(m), style.label(str(m))) for m in others.index])
+    ax.set_xticks(rows, [style.label(str(m)).replace(" QKV", "").replace(", ", ",\n") for m in others.index])
     ax.set_ylabel("%")
     ax.grid(axis="x", visible=False)
     ax.set_xlabel("attention: solid · whole clip: light")

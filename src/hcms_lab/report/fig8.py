@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -12,10 +12,11 @@ import pandas as pd
 from hcms.schedule.cost import IdealCosts, predict
 from hcms.schedule.cut import Cut, even, tapered
 from hcms.schedule.schedule import ring, serial, two_lane
+from hcms_lab.ground.cuts import recorded_cut
 from hcms_lab.report import parts, style
-from hcms_lab.report.claims import fixed_cuts
 from hcms_lab.report.closed_form import ring_hides_up_to
-from hcms_lab.report.stats import POINT, measured, ratio_of_medians
+from hcms_lab.report.registry import register
+from hcms_lab.report.stats import gains, measured, point_columns, ratio_of_medians
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +51,7 @@ def choice(times_ms: dict[str, float]) -> tuple[str, float]:
     return taken, min(ms for m, ms in times_ms.items() if m != taken) / times_ms[taken] - 1
 
 
+@register("fig8", "Who is fastest where, by ranks and ratio")
 def fig8(records: pd.DataFrame) -> Figure:
     """Left: the map on an ideal link. Right: the same times what each method was measured to pay besides, where it was.
 
@@ -60,6 +62,7 @@ def fig8(records: pd.DataFrame) -> Figure:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    records = parts.of_one_link(records)
     points = list(measured_points(records))
     overhead = overheads(points)
     with style.use():
@@ -113,15 +116,15 @@ def fig8(records: pd.DataFrame) -> Figure:
         )
         fig.legend(handles=handles, loc="outside lower center", ncols=3)
         won = pd.Series([x.taken for x in points], dtype=object).value_counts()
-        told = ", ".join(f"{style.label(str(m))} at {count}" for m, count in won.items())
-        fig.set_label(f"The fastest method by ranks and communication ratio. Of {len(points)} measured points: {told}.")
+        each = ", ".join(f"{style.label(str(m))} at {count}" for m, count in won.items())
+        fig.set_label(f"The fastest method by ranks and communication ratio. Of {len(points)} measured points: {each}.")
     return fig
 
 
 class MeasuredPoint:
     """A point of the records: who was fastest, whether that is certain, and each method's time over the ideal one."""
 
-    def __init__(self, best: dict[str, pd.Series]) -> None:
+    def __init__(self, best: dict[str, Any]) -> None:
         serial_case = best["ulysses"]
         self.ranks = int(serial_case["world_size"])
         self.ratio = float(serial_case["comm_ratio"])
@@ -133,7 +136,7 @@ class MeasuredPoint:
         # Ulysses is taken where nothing beats it by WORTH: clear if the best rival surely does not.
         gain = ratio_of_medians(best["ulysses"]["times_ms"], best[rival]["times_ms"])
         self.clear = gain.high < 1 + WORTH if self.taken == "ulysses" else lead.low > 1
-        cut = tuple(map(int, str(best["hcms"]["cut"]).split("-")))
+        cut = recorded_cut(str(best["hcms"]["cut"]).split(" or ")[0])
         attention_ms = float(serial_case["attention_ms"])
         self.overhead = {
             method: ms / ideal_ms(method, self.ratio, self.ranks, (cut,), attention_ms)
@@ -142,13 +145,19 @@ class MeasuredPoint:
 
 
 def measured_points(records: pd.DataFrame) -> Iterator[MeasuredPoint]:
-    """The points at which all three methods gave correct results; of each the fastest fixed cut."""
-    cases = measured(fixed_cuts(records))
-    for _, point in cases.groupby(POINT, dropna=False, sort=False):
-        ordered = point.sort_values("latency_ms").drop_duplicates("method")
-        best = {str(case["method"]): case for _, case in ordered.iterrows() if case["method"] in METHODS}
-        if len(best) == len(METHODS) and 0 < float(best["ulysses"]["comm_ratio"]) < 1:
-            yield MeasuredPoint(best)
+    """The points at which all three methods gave correct results; HCMS as `gains` picks it."""
+    cases = measured(records)
+    columns = point_columns(cases)
+    picked = {_key(case, columns): case for case in gains(cases, "ulysses").to_dict("records")}
+    for _, point in cases.groupby(columns, dropna=False, sort=False):
+        others = {case["method"]: case for case in point.to_dict("records") if case["method"] in ("ulysses", "ring")}
+        ours = picked.get(_key(point.iloc[0], columns))
+        if len(others) == 2 and ours is not None and 0 < float(others["ulysses"]["comm_ratio"]) < 1:
+            yield MeasuredPoint(others | {"hcms": ours})
+
+
+def _key(case: Any, columns: list[str]) -> tuple[str, ...]:
+    return tuple(str(case[column]) for column in columns)
 
 
 def overheads(points: list[MeasuredPoint]) -> Overhead:

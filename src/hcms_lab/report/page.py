@@ -18,6 +18,7 @@ from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.load import committed_folders
 from hcms_lab.ground.paths import ROOT
 from hcms_lab.report import compare, readme, style
+from hcms_lab.report.registry import exhibits
 from hcms_lab.report.tables import to_markdown
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ LEAD = (
     "Sequence-parallel attention whose communication hides behind computation, measured on real ranks and predicted "
     "for other hardware. Every number comes from the records in the repository; measured and predicted are kept apart."
 )
+FIRST = "fig3"  # the figure that stands under the claims
 _NO_ALT = "No description has been provided for this image"  # what nbconvert writes
 
 
@@ -39,6 +41,7 @@ class Part:
     id: str = ""
     note: str = ""
     image: str = ""
+    narrow: bool = False  # a picture of a column's width, which fits a small window
     full_size: str = ""  # the picture's file, to enlarge it on a small window
     alt: str = ""
     caption: str = ""
@@ -74,6 +77,10 @@ def build(root: Path = ROOT, *, up: str = "..") -> str:
         Section("Notebooks", "notebooks", notebooks),
         Section("Everything, with its command", "index", [Part(html=_markdown(readme.figures(root), up))]),
     ]
+    first = next((part for part in sections[1].parts if part.id == FIRST), None)
+    if first is not None:  # the first screen: what was claimed, and one figure of it
+        sections[1].parts.remove(first)
+        sections[0].parts.append(first)
     sections = [section for section in sections if section.parts]
     for section in sections:
         for part in section.parts:
@@ -96,7 +103,7 @@ def _figures(root: Path, up: str) -> list[Part]:
         png = root / "figures" / f"{experiment.name}.png"
         if png.is_file():
             parts.append(_picture(png, experiment.label, experiment.what, up, root, command=experiment.command))
-        elif experiment.name.startswith("fig"):
+        elif experiment.name in exhibits() and exhibits()[experiment.name].is_figure:
             parts.append(
                 Part(experiment.label, experiment.name, note=f"{experiment.what} {readme.NOT_YET.capitalize()}.")
             )
@@ -148,6 +155,7 @@ def _hardware(root: Path, up: str) -> list[Part]:
                 f"{experiment.label} side by side",
                 f"{experiment.name}-compared",
                 image=picture,
+                narrow=True,
                 alt=comparison.alt(),
                 caption=f"{experiment.what} One colour a hardware; its own Ulysses is 1.",
                 command=f"python experiments/compare.py {experiment.name}",

@@ -9,31 +9,61 @@ import pandas as pd
 
 from hcms.methods import METHODS
 from hcms.schedule.cut import even
+from hcms_lab.ground.cuts import recorded_cut
 from hcms_lab.ground.load import environment
 from hcms_lab.report import style
-from hcms_lab.report.stats import fastest, prediction_error
+from hcms_lab.report.stats import prediction_errors
+from hcms_lab.report.words import listed, short_cut, short_hardware
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
+# The nearer to several GPUs, the sooner it is drawn.
+LINKS = ("native", "ghost", "shared", "emulated")
+LOADS = ("sustained", "rested")  # what a user gets first
+
+
 def hardware_name(records: pd.DataFrame) -> str:
     """The hardware's name from the run's env.json, or its slug where there is none."""
     folder = records.attrs.get("folder")
-    found = environment(folder).get("hardware", {}) if folder else {}
+    hardware = environment(folder).get("hardware", {}) if folder else {}
     slug = str(records["hardware"].iloc[0])
-    return str(found["name"]) if found.get("slug") == slug else slug
+    return str(hardware["name"]) if hardware.get("slug") == slug else slug
 
 
-def where(records: pd.DataFrame, *, ranks: bool = True) -> str:
-    """`Intel Xeon, 2 cores · emulated link · 2 ranks`: what every title says."""
-    links = sorted(set(records["link"].dropna()))
-    parts = [hardware_name(records), *(f"{link} link" for link in links)]
-    if ranks:
-        counts = sorted({int(p) for p in records["world_size"]})
-        parts.append(f"{', '.join(map(str, counts))} ranks")
-    return " · ".join(parts)
+def of_one_link(records: pd.DataFrame) -> pd.DataFrame:
+    """The records of one link under one load, since no line or column mixes two.
+
+    Of several links that nearest to several GPUs, of several loads the sustained one.
+    """
+    kept = records
+    for column, order in (("link", LINKS), ("load", LOADS)):
+        present = set(kept[column].dropna()) if column in kept else set()
+        if len(present) > 1:
+            chosen = min(present, key=lambda name: (order.index(name) if name in order else len(order), name))
+            kept = kept[kept[column] == chosen]
+    kept.attrs = dict(records.attrs)
+    return kept
+
+
+def where(records: pd.DataFrame) -> str:
+    """`Intel Xeon, 2 cores · emulated link · 2 ranks`: what every title says.
+
+    Of a link that stands in for several GPUs it says what there was: `one rank of 4 on one H100, ghost link`.
+    """
+    name, links = hardware_name(records), sorted(set(records["link"].dropna()))
+    ranks = listed(records["world_size"])
+    either = " or ".join(ranks.rsplit(", ", 1))
+    said = {
+        "ghost": f"one rank of {either} on one {short_hardware(name)}, ghost link",
+        "shared": f"{ranks} ranks on one {short_hardware(name)}, shared link",
+    }
+    loads = sorted(set(records["load"].dropna())) if "load" in records else []
+    if len(links) == 1 and links[0] in said:
+        return ", ".join([said[links[0]], *(f"{load} load" for load in loads)])
+    return " · ".join([name, *(f"{link} link" for link in links), f"{ranks} ranks"])
 
 
 def layer(records: pd.DataFrame, *, tokens: bool = True, kernel: bool = True) -> str:
@@ -42,8 +72,8 @@ def layer(records: pd.DataFrame, *, tokens: bool = True, kernel: bool = True) ->
     lengths = records["seq_len"].dropna().unique()
     if tokens and len(lengths) == 1:
         parts.append(f"{int(lengths[0]):,} tokens")
-    told = (("heads", "{:.0f} heads of {}"), ("dtype", "{}"), ("kernel", "{}"))
-    for column, text in told if kernel else told[:2]:
+    texts = (("heads", "{:.0f} heads of {}"), ("dtype", "{}"), ("kernel", "{}"))
+    for column, text in texts if kernel else texts[:2]:
         values = records[column].dropna().unique()
         if len(values) == 1:
             parts.append(text.format(values[0], f"{records['head_dim'].iloc[0]:.0f}"))
@@ -52,7 +82,7 @@ def layer(records: pd.DataFrame, *, tokens: bool = True, kernel: bool = True) ->
 
 def cut_shape(cut: str) -> str:
     """`equal`, `uneven` (as even as the heads permit) or `tapered`."""
-    heads = tuple(map(int, cut.removeprefix("auto:").split("-")))
+    heads = recorded_cut(cut)
     if len(set(heads)) == 1:
         return "equal"
     return "uneven" if sorted(heads) == sorted(even(sum(heads), len(heads))) else "tapered"
@@ -97,9 +127,10 @@ def method_look(method: str) -> dict[str, Any]:
 
 
 def prediction_note(records: pd.DataFrame) -> str:
-    """`median prediction error 3.1 % (n = 24)`, or nothing where no record has a prediction."""
-    found = prediction_error(records)
-    return "" if found is None else f"median prediction error {found[0]:.1%} (n = {found[1]})".replace("%", " %")
+    """`median prediction error 3.1 % (ghost link, n = 24)`, by link, or nothing where no record has a prediction."""
+    errors = prediction_errors(records)
+    each = ", ".join(f"{100 * error:.1f} % ({link} link, n = {n})" for link, (error, n) in errors.items())
+    return f"median prediction error {each}" if each else ""
 
 
 def legend_below(fig: Figure, axes: Sequence[Axes], *, columns: int) -> None:
@@ -115,13 +146,28 @@ def describe(fig: Figure, what: str, against: pd.DataFrame, x: str, at: str) -> 
     """Give the figure the sentence that stands for it where it cannot be seen (`fig.get_label()`).
 
     Args:
-        against: cases with speedups over Ulysses, of which the HCMS's first and last by `x` are told.
+        against: a row a point with HCMS's speedup over Ulysses, of which the first and the last by `x` are told.
         at: how a value of `x` reads, such as `"{:,.0f} tokens"`.
     """
-    best = fastest(against).sort_values(x)
-    ends = [f"×{case['speedup']:.2f} at {at.format(case[x])}" for case in best.to_dict("records")]
-    told = f": HCMS {ends[0]}" + (f" to {ends[-1]}" if len(ends) > 1 else "") if ends else ""
-    fig.set_label(f"{what}{told}.")
+    ends = [f"×{case['speedup']:.2f} at {at.format(case[x])}" for case in against.sort_values(x).to_dict("records")]
+    result = f": HCMS {ends[0]}" + (f" to {ends[-1]}" if len(ends) > 1 else "") if ends else ""
+    fig.set_label(f"{what}{result}.")
+
+
+def methods_of(cases: pd.DataFrame) -> list[str]:
+    """The methods of the table of methods that these records hold, in its order."""
+    present = set(cases["method"])
+    return [method for method in METHODS if method in present]
+
+
+def cuts_of(best: pd.DataFrame, x: str) -> str:
+    """`HCMS: cut 1-3-1 or 5`: which method and which cuts `stats.gains` picked, in the order of `x`."""
+    cases = best.sort_values(x)
+    methods, cuts = (
+        list(dict.fromkeys(word for cell in cases[column].dropna() for word in str(cell).split(" or ")))
+        for column in ("method", "cut")
+    )
+    return f"{' or '.join(map(style.label, methods))}: cut {' or '.join(map(short_cut, cuts))}" if methods else ""
 
 
 def halo() -> list[Any]:

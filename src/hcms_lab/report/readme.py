@@ -18,12 +18,12 @@ from hcms_lab.ground import experiments as declared
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.load import committed_folders, committed_runs, environment, hardware_name, records
 from hcms_lab.ground.paths import ROOT
-from hcms_lab.report.claims import table1
+from hcms_lab.report.registry import exhibits
+from hcms_lab.report.table1 import short
 from hcms_lab.report.table5 import leads
 from hcms_lab.report.tables import to_markdown
 
 NOT_YET = "not run yet"
-RESULTS_LEAVE_OUT = ("on", "n")  # of Table 1's columns: the README has room for the rest
 _MARKED = re.compile(r"(<!-- begin:([\w-]+) -->\n)(.*?)(<!-- end:\2 -->)", re.DOTALL)
 
 
@@ -38,8 +38,7 @@ class Experiment:
     @property
     def label(self) -> str:
         """`Figure 3`, `Table 1`, or the name."""
-        match = re.fullmatch(r"(fig|table)(\d+)", self.name)
-        return f"{'Figure' if match[1] == 'fig' else 'Table'} {match[2]}" if match else self.name
+        return exhibits()[self.name].label if self.name in exhibits() else self.name
 
 
 def experiments(root: Path = ROOT) -> list[Experiment]:
@@ -49,7 +48,7 @@ def experiments(root: Path = ROOT) -> list[Experiment]:
 
 def results(root: Path = ROOT) -> str:
     """The claims against the committed records; a run of the reader's own does not make the README stale."""
-    shown = table1(partial(committed_runs, root=root)).drop(columns=list(RESULTS_LEAVE_OUT))
+    shown = short(partial(committed_runs, root=root))
     return f"{to_markdown(shown)}\nWhere, how often, and by which rule: [Table 1](paper_tables/table1.md).\n"
 
 
@@ -57,7 +56,7 @@ def figures(root: Path = ROOT) -> str:
     """Figure or table, its command, how long that took and where, and the file that it ends in."""
     rows = []
     for experiment in experiments(root):
-        if experiment.label == experiment.name:  # advice and calibration draw nothing
+        if experiment.name not in exhibits():  # advice and calibration draw nothing
             continue
         files = [
             f"figures/{experiment.name}.pdf",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+
+from hcms.methods import METHODS
 
 # Cases that were timed against each other: methods of one point are interleaved in one process group.
 POINT = ["hardware", "workload", "link", "link_ratio", "world_size", "kernel", "dtype", "batch", "seq_len", "heads"]
@@ -25,6 +27,11 @@ class Interval(NamedTuple):
     n: int
 
 
+def overlapping() -> list[str]:
+    """The methods that are HCMS: they cut heads into chunks and communicate beside attention."""
+    return [name for name, method in METHODS.items() if method.cuts and method.overlaps]
+
+
 def ratio_of_medians(base_ms: ArrayLike, ours_ms: ArrayLike) -> Interval:
     """median(base) / median(ours), resampled by rounds: `base_ms[i]` and `ours_ms[i]` were timed in the same round."""
     from scipy.stats import bootstrap
@@ -39,24 +46,30 @@ def ratio_of_medians(base_ms: ArrayLike, ours_ms: ArrayLike) -> Interval:
     def ratio(a: Any, b: Any, axis: int) -> Any:
         return np.median(a, axis=axis) / np.median(b, axis=axis)
 
-    found = bootstrap(
+    interval = bootstrap(
         (base, ours), ratio, paired=True, method="percentile", n_resamples=RESAMPLES, confidence_level=LEVEL,
         rng=0,
     ).confidence_interval  # fmt: skip
-    return Interval(value, float(found.low), float(found.high), n)
+    return Interval(value, float(interval.low), float(interval.high), n)
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
     """Spearman's correlation; 0 where one of the two is flat, since a flat series has no order."""
-    from scipy.stats import rankdata
+    from scipy.stats import spearmanr
 
-    a, b = rankdata(x), rankdata(y)
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+    if np.ptp(np.asarray(x, dtype=float)) == 0 or np.ptp(np.asarray(y, dtype=float)) == 0:
+        return 0.0
+    return float(spearmanr(x, y)[0])  # pyright: ignore[reportArgumentType]
 
 
 def point_columns(records: pd.DataFrame) -> list[str]:
-    """`POINT`, and the run where records of several are in one table: those were not timed against each other."""
-    return [*POINT, "run"] if "run" in records else POINT
+    """`POINT`, and the load and the run where records of several are in one table: those were timed apart."""
+    return [*POINT, *(column for column in ("load", "run") if column in records)]
+
+
+def fixed_cuts(records: pd.DataFrame) -> pd.DataFrame:
+    """Without the cuts that were chosen automatically, which are cases of their own."""
+    return _with_attrs(records[~records["cut"].fillna("").astype(str).str.startswith("auto")], records)
 
 
 def speedups(records: pd.DataFrame, over: str | Sequence[str]) -> pd.DataFrame:
@@ -71,29 +84,68 @@ def speedups(records: pd.DataFrame, over: str | Sequence[str]) -> pd.DataFrame:
     Cases at points without that method are left out.
     """
     cases = measured(records)
-    wanted = [over] if isinstance(over, str) else list(over)
     rows: list[dict[Any, Any]] = []
+    for base, point in _points(cases, over):
+        for case in point.to_dict("records"):
+            interval = ratio_of_medians(base["times_ms"], case["times_ms"])
+            predicted = base["predicted_ms"] / case["predicted_ms"]
+            rows.append({**case, **dict(zip(SPEEDUP, (*interval[:3], predicted), strict=True))})
+    return _with_attrs(pd.DataFrame(rows, columns=[*cases.columns, *SPEEDUP]), records)
+
+
+def gains(records: pd.DataFrame, over: str | Sequence[str], methods: Iterable[str] | None = None) -> pd.DataFrame:
+    """A row a point: the fastest fixed cut over `over`, as `speedups` has it, without the luck of having been picked.
+
+    Each half of the rounds (the even, the odd) is scored with the case that was fastest in the other half. Where the
+    halves disagree `cut` and `method` name both. A single round picks nothing: its point counts where there is one case
+    to pick from.
+
+    Args:
+        methods: pick among these; `overlapping()` where not given.
+    """
+    cases = measured(fixed_cuts(records))
+    wanted = overlapping() if methods is None else list(methods)
+    rows: list[dict[Any, Any]] = []
+    for base, point in _points(cases, over):
+        ours = point[point["method"].isin(wanted)]
+        rounds = min([len(base["times_ms"]), *(len(times) for times in ours["times_ms"])])
+        if ours.empty or (len(ours) > 1 and rounds < 2):
+            continue
+        times_ms = np.array([times[:rounds] for times in ours["times_ms"]], dtype=float)
+        half = np.arange(rounds) % 2
+        picks = [pick(times_ms, half != h) for h in (0, 1)] if rounds > 1 else [0, 0]
+        scored_ms = times_ms[np.array(picks)[half], np.arange(rounds)]
+        chosen = ours.iloc[picks]
+        case = chosen.iloc[0].to_dict()
+        for column in ("method", "cut"):
+            case[column] = " or ".join(dict.fromkeys(str(x) for x in chosen[column] if x is not None)) or None
+        interval = ratio_of_medians(base["times_ms"], scored_ms)
+        predicted = base["predicted_ms"] / case["predicted_ms"]
+        case |= {"times_ms": scored_ms.tolist(), "latency_ms": float(np.median(scored_ms)), "n": rounds}
+        rows.append({**case, **dict(zip(SPEEDUP, (*interval[:3], predicted), strict=True))})
+    return _with_attrs(pd.DataFrame(rows, columns=[*cases.columns, *SPEEDUP]), records)
+
+
+def pick(times_ms: np.ndarray, rounds: np.ndarray) -> int:
+    """Which row of `[cases, rounds]` has the least median over these rounds."""
+    return int(np.argmin(np.median(times_ms[:, rounds], axis=1)))
+
+
+def _points(cases: pd.DataFrame, over: str | Sequence[str]) -> list[tuple[dict[Any, Any], pd.DataFrame]]:
+    """Each point that has the baseline, with it; of several baselines the fastest."""
+    wanted = [over] if isinstance(over, str) else list(over)
+    points = []
     for _, point in cases.groupby(point_columns(cases), dropna=False, sort=False):
         bases = point[point["method"].isin(wanted)].sort_values("latency_ms")
-        if bases.empty:
-            continue
-        base = bases.iloc[0]
-        for _, case in point.iterrows():
-            found = ratio_of_medians(base["times_ms"], case["times_ms"])
-            told = base["predicted_ms"] / case["predicted_ms"]
-            made_of = (found.value, found.low, found.high, told)
-            rows.append({**case.to_dict(), **dict(zip(SPEEDUP, made_of, strict=True))})
-    made = pd.DataFrame(rows, columns=[*cases.columns, *SPEEDUP])
-    made.attrs = dict(records.attrs)
-    return made
+        if len(bases):
+            points.append((bases.iloc[0].to_dict(), point))
+    return points
 
 
 def measured(records: pd.DataFrame) -> pd.DataFrame:
     """The cases that ran and gave a correct result, `times_ms` included."""
     good = (records["source"] == "measured") & records["ok"].fillna(False) & records["latency_ms"].notna()
-    kept = records[good & records["times_ms"].notna()]
-    kept.attrs = dict(records.attrs)
-    return kept
+    return _with_attrs(records[good & records["times_ms"].notna()], records)
 
 
 def fastest(cases: pd.DataFrame, method: str = "hcms") -> pd.DataFrame:
@@ -111,10 +163,14 @@ def interpolated(x: Sequence[float], y: Sequence[float], at: float) -> float | N
     return float(np.interp(at, xs, ys))
 
 
-def prediction_error(records: pd.DataFrame) -> tuple[float, int] | None:
-    """Median of |predicted / measured - 1| over the measured cases that have a prediction, and their number."""
+def prediction_errors(records: pd.DataFrame) -> dict[str, tuple[float, int]]:
+    """By link: the median of |predicted / measured - 1| over measured cases with a prediction, and their number."""
     cases = measured(records)
     cases = cases[cases["predicted_ms"].notna()]
-    if cases.empty:
-        return None
-    return float((cases["predicted_ms"] / cases["latency_ms"] - 1).abs().median()), len(cases)
+    errors = (cases["predicted_ms"] / cases["latency_ms"] - 1).abs().groupby(cases["link"])
+    return {str(link): (float(some.median()), len(some)) for link, some in errors}
+
+
+def _with_attrs(table: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
+    table.attrs = dict(records.attrs)
+    return table

@@ -29,7 +29,7 @@ _BLACK, _ORANGE, _SKY, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 _BLUE, _VERMILION, _PINK, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"
 
 # What an operation does, in timelines and breakdowns.
-KIND_COLOURS = {"exchange": _ORANGE, "attend": _BLUE, "return": _GREEN, "rotate": _PINK, "other": _GREY}
+KIND_COLOURS = {"exchange": _ORANGE, "attend": _BLUE, "return": _GREEN, "rotate": _PINK, "other": _SKY}
 
 PREDICTED: dict[str, Any] = {"hatch": "////", "edgecolor": "white", "linewidth": 0.0}  # for bars and areas
 PREDICTED_LINE: dict[str, Any] = {"linestyle": ":", "markerfacecolor": "none"}

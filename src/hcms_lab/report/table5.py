@@ -10,13 +10,14 @@ import pandas as pd
 
 from hcms_lab.ground.names import PEER
 from hcms_lab.report import parts
-from hcms_lab.report.stats import POINT, measured, ratio_of_medians
+from hcms_lab.report.registry import register
+from hcms_lab.report.stats import measured, overlapping, point_columns, ratio_of_medians
 
 Case = Mapping[str, Any]
-CHUNKED = ("hcms", "hcms-3lane")
 WHOLE = ("ulysses", "ulysses-packed")
 
 
+@register("table5", "Ours beside other libraries")
 def table5(records: pd.DataFrame) -> pd.DataFrame:
     """A column a point. First who leads there and by how much, then a row for every contestant.
 
@@ -26,9 +27,9 @@ def table5(records: pd.DataFrame) -> pd.DataFrame:
     """
     good = measured(records)
     points = _points(good)
-    told = {label: _lead(point) for label, point in points.items()}
-    names = dict.fromkeys(name for lead in told.values() for name in lead)
-    ahead = [{"": name} | {label: lead.get(name) for label, lead in told.items()} for name in names]
+    lead_at = {label: _lead(point) for label, point in points.items()}
+    names = dict.fromkeys(name for lead in lead_at.values() for name in lead)
+    ahead = [{"": name} | {label: lead.get(name) for label, lead in lead_at.items()} for name in names]
     rows = [*ahead, *_contestants(_cases(records), points, good["seq_len"].max())]
     table = pd.DataFrame(rows, columns=["", "version", *points, "MiB", "max error", "bitwise", "check"])
     rounds = sorted({int(n) for n in good["n"]})
@@ -63,8 +64,8 @@ def _lead(point: pd.DataFrame) -> dict[str, str]:
     cases = _cases(point)
     peer, ring = (_fastest([c for c in cases if c["peer_kind"] == kind]) for kind in ("ulysses", "ring"))
     whole, auto = _fastest(cases, WHOLE.__contains__), _fastest([c for c in cases if _cut(c) == "auto"])
-    chunked = _fastest([c for c in cases if _cut(c) != "auto"], CHUNKED.__contains__)
-    told = {"fastest peer Ulysses": _name(peer)} if peer else {}
+    chunked = _fastest([c for c in cases if _cut(c) != "auto"], overlapping().__contains__)
+    lead = {"fastest peer Ulysses": _name(peer)} if peer else {}
     for row, ours, base in (
         ("our Ulysses over it", whole, peer),
         ("our best HCMS over it", chunked, peer),
@@ -73,10 +74,10 @@ def _lead(point: pd.DataFrame) -> dict[str, str]:
     ):
         if ours and base:
             against = f" / {_name(base)}" if base is ring else ""
-            told[row] = f"{_name(ours)}{against}: {_times(base, ours)}"
+            lead[row] = f"{_name(ours)}{against}: {_times(base, ours)}"
     if chunked and pd.notna(chunked["hidden_fraction"]):
-        told["communication that HCMS hides"] = f"{chunked['hidden_fraction']:.0%}".replace("%", " %")
-    return told
+        lead["communication that HCMS hides"] = f"{chunked['hidden_fraction']:.0%}".replace("%", " %")
+    return lead
 
 
 def _contestants(cases: list[Case], points: Mapping[str, pd.DataFrame], longest: int) -> list[dict[str, Any]]:
@@ -110,18 +111,19 @@ def _contestants(cases: list[Case], points: Mapping[str, pd.DataFrame], longest:
 
 def _points(cases: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The points by label: ranks, lengths, ratios, each ascending."""
-    several = {key: cases[key].nunique() > 1 for key in ("world_size", "heads")}
-    found: list[tuple[Any, str, pd.DataFrame]] = []
-    for _, point in cases.groupby(POINT, dropna=False, sort=False):
+    several = {key: cases[key].nunique() > 1 for key in ("world_size", "heads", "link", "kernel")}
+    labelled: list[tuple[Any, str, pd.DataFrame]] = []
+    for _, point in cases.groupby(point_columns(cases), dropna=False, sort=False):
         first = _cases(point)[0]
         ranks, heads, tokens, rho = int(first["world_size"]), first["heads"], first["seq_len"], first["comm_ratio"]
         label = f"{int(tokens):,} tokens, ρ {rho:.2f}"
         if several["world_size"] or several["heads"]:
             label = f"{ranks} ranks of {int(heads) // ranks} heads, {label}"
-        if any(label == other for _, other, _ in found):  # two links that this length makes hardly a difference to
+        label = ", ".join([*(str(first[key]) for key in ("link", "kernel") if several[key]), label])
+        if any(label == other for _, other, _ in labelled):  # two links that this length makes hardly a difference to
             label += f", {first['link_gbps']:.3g} GB/s"
-        found.append(((ranks, heads, tokens, rho), label, point))
-    return {label: point for _, label, point in sorted(found, key=lambda item: item[0])}
+        labelled.append(((ranks, heads, tokens, rho), label, point))
+    return {label: point for _, label, point in sorted(labelled, key=lambda item: item[0])}
 
 
 def _cases(table: pd.DataFrame) -> list[Case]:
@@ -150,5 +152,5 @@ def _fastest(cases: list[Case], wanted: Callable[[str], bool] = lambda method: T
 
 def _times(base: Case, case: Case) -> str:
     """How many times as fast as `base`, with its interval."""
-    found = ratio_of_medians(base["times_ms"], case["times_ms"])
-    return f"×{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+    lead = ratio_of_medians(base["times_ms"], case["times_ms"])
+    return f"×{lead.value:.3f} ({lead.low:.3f} to {lead.high:.3f})"

@@ -325,9 +325,9 @@ def summary(table: pd.DataFrame) -> dict[str, float | int | str]:
 
 
 def _axes(row: Mapping[Any, Any]) -> dict[str, Any]:
-    cut = row.get("cut")
-    chunks = len(cut.split("-")) if isinstance(cut, str) and cut else 1
-    return {name: row.get(name) for name in AXES if name != "chunks"} | {"chunks": chunks}
+    from hcms_lab.ground.cuts import chunks
+
+    return {name: row.get(name) for name in AXES if name != "chunks"} | {"chunks": chunks(row.get("cut"))}
 
 
 def _metrics(row: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

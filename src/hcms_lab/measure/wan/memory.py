@@ -15,7 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hcms.clip import ClipShape, divisors, exchange_bytes
+from hcms.clip import ClipShape, divisors
+from hcms.schedule.cost import Workload
 from hcms_lab.ground.model_config import ModelConfig
 from hcms_lab.measure.wan.build import text_encoder_on_meta, transformer_on_meta, vae_on_meta
 
@@ -68,7 +69,8 @@ def rank_counts(
         sharded = sharding == "fsdp2" and ranks > 1
         # A sharded expert also holds the block at work and the next one, gathered.
         expert_here = expert_bytes / ranks + 2 * block_bytes if sharded else expert_bytes
-        layer = exchange_bytes(clip.tokens, heads, head_dim, element, ranks)
+        attention = Workload(clip.tokens, heads, ranks, head_dim, dtype=model.dtype)
+        layer = int(attention.off_rank(4 * attention.tensor_bytes(attention.heads_a_rank)))
         found.append(
             RankCount(
                 ranks,

@@ -1,0 +1,57 @@
+"""C4 and C5: whole clips of Wan2.2, and the attention in them."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from hcms_lab.report import predictions
+from hcms_lab.report.claims import Claim
+from hcms_lab.report.evidence import EMULATED, Evidence, Finding, Outcome, Read, by_place, grade_of, ordered, place
+from hcms_lab.report.stats import Interval, fixed_cuts, measured
+from hcms_lab.report.words import gain, percent
+
+METHOD = "hcms"  # the paper's
+ON_PAPER = 4  # ranks
+LEAST_CLIPS = 8
+FULL_WIDTH = 3072  # heads times head size from which on a model counts as one of Wan2.2's
+
+
+def of_clips(ratio: str, interval: str, claim: Claim, read: Read) -> Finding:
+    """A column of the records of whole clips, at the row that was fixed beforehand.
+
+    That row: `hcms` with the first fixed cut that the experiment lists, the longest clip, the rank count nearest to
+    4. It is not the best of anything.
+    """
+    tables = [measured(fixed_cuts(table)) for table in read(claim.experiment)]
+    tables = [table[(table["method"] == METHOD) & table[ratio].notna()] for table in tables if ratio in table]
+    evidence = []
+    for cases in by_place(tables):
+        nearest = min(cases["world_size"], key=lambda ranks: (abs(int(ranks) - ON_PAPER), -int(ranks)))
+        cases = cases[cases["world_size"] == nearest]
+        case = cases[cases["num_frames"] == cases["num_frames"].max()].iloc[0]
+        low, high = case[interval]
+        value = Interval(float(case[ratio]), float(low), float(high), int(case["n"]))
+        full_size = int(case["head_dim"]) * int(case["heads"]) >= FULL_WIDTH
+        on = f"{place(cases)}, {case['workload']}, {int(case['num_frames'])} frames, cut {case['cut']}"
+        grade = grade_of(cases)
+        evidence.append(
+            Evidence(
+                grade if full_size or grade.rank < EMULATED.rank else EMULATED,
+                _outcome(value, claim.low),
+                str(case["name"]),
+                str(case["link"]),
+                gain(value) if value.n >= LEAST_CLIPS else f"{gain(value)}, of fewer than {LEAST_CLIPS} clips",
+                percent(value.value - 1),
+                on,
+                str(value.n),
+            )
+        )
+    return Finding(ordered(evidence), predictions.clip_gains(ratio, read))
+
+
+def _outcome(value: Interval, low: float) -> Outcome:
+    if value.n < LEAST_CLIPS or pd.isna(value.low):
+        return "untold"
+    if value.low <= 1:
+        return "fails"
+    return "holds" if value.high - 1 >= low else "part"

@@ -1,0 +1,107 @@
+"""C1, C2, C3 and C9: gains of attention layers over lengths, platforms and kernels."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from hcms_lab.report import predictions
+from hcms_lab.report.claims import Claim
+from hcms_lab.report.closed_form import speedup_limit
+from hcms_lab.report.evidence import Evidence, Finding, Outcome, Read, by_place, grade_of, ordered, place, rounds
+from hcms_lab.report.stats import Interval, gains
+from hcms_lab.report.words import gain, span
+
+ON_PAPER = 4  # ranks
+LAYERS = ("fig3", "fig4", "fig8")  # the experiments that time one layer at several points
+
+
+def over_a_baseline(base: str, claim: Claim, read: Read) -> Finding:
+    """C1 and C2: over a baseline on 4 ranks, at every point of figures 3, 4 and 8."""
+    tables = [gains(table, base) for exp in LAYERS for table in read(exp)]
+    tables = [_with_attrs(table[table["world_size"] == ON_PAPER], table) for table in tables]
+    evidence = []
+    for cases in by_place(tables):
+        above = cases["speedup_low"] > 1
+        if cases["speedup"].median() - 1 >= claim.low and above.all():
+            outcome: Outcome = "holds"
+        else:
+            outcome = "part" if (cases["speedup_high"] - 1 >= claim.low).any() else "fails"
+        lengths = " to ".join(dict.fromkeys(f"{int(s):,}" for s in (cases["seq_len"].min(), cases["seq_len"].max())))
+        methods = " or ".join(dict.fromkeys(cases["method"]))
+        evidence.append(
+            _evidence(
+                cases,
+                outcome,
+                f"{_ends(cases)}, median {gain(_median(cases))} over {len(cases)} points, {methods}",
+                f"{place(cases)}, {lengths} tokens",
+            )
+        )
+    return Finding(ordered(evidence), predictions.layer_gains(base, read))
+
+
+def on_platforms(claim: Claim, read: Read) -> Finding:
+    """C3: every rank count of every hardware."""
+    evidence, counts = [], {}
+    for cases in by_place(gains(table, "ulysses") for exp in ("fig4", "fig3") for table in read(exp)):
+        above = cases["speedup_low"] - 1 > claim.low
+        outcome: Outcome = "holds" if above.all() else "part" if above.any() else "fails"
+        least = cases.loc[cases.groupby("world_size")["speedup"].idxmin()].sort_values("world_size")
+        words = "; ".join(f"{int(case['world_size'])} ranks: {_gain(case)}" for _, case in least.iterrows())
+        item = _evidence(cases, outcome, f"least gain: {words}", place(cases))
+        evidence.append(item)
+        counts[item] = cases["world_size"].nunique()
+    finding = Finding(ordered(evidence), predictions.platforms(read))
+    narrow = len({e.hardware for e in finding.best}) < 2 or any(counts[e] < 2 for e in finding.best)
+    return Finding(
+        finding.evidence, finding.predicted, "two hardware types with two rank counts each" if narrow else ""
+    )
+
+
+def over_kernels(claim: Claim, read: Read) -> Finding:
+    """C9: every kernel that ran."""
+    tables = read(claim.experiment)
+    wrong = {hardware for table in tables for hardware in table[~table["ok"].fillna(True)]["hardware"]}
+    evidence = []
+    for cases in by_place(gains(table, "ulysses") for table in tables):
+        families = {str(kernel).split("-")[0] for kernel in cases["kernel"]}
+        right = cases["hardware"].iloc[0] not in wrong and (cases["speedup_low"] - 1 > claim.low).all()
+        outcome: Outcome = "fails" if not right else "holds" if {"flash", "sdpa"} <= families else "part"
+        words = "; ".join(
+            f"{case['kernel']} {_gain(case)}"
+            + (" (more than overlap can give: smaller calls are faster)" if beyond_overlap(case) else "")
+            for _, case in cases.sort_values("kernel").iterrows()
+        )
+        evidence.append(_evidence(cases, outcome, words, place(cases)))
+    return Finding(ordered(evidence))
+
+
+def beyond_overlap(case: pd.Series) -> bool:
+    """Whether a gain is surely above what hiding all communication would give, so that another cause has a part."""
+    return float(case["speedup_low"]) > speedup_limit(float(case["comm_ratio"]))
+
+
+def _evidence(cases: pd.DataFrame, outcome: Outcome, measured: str, on: str) -> Evidence:
+    short = span(cases["speedup"].min() - 1, cases["speedup"].max() - 1)
+    name, link = str(cases["name"].iloc[0]), str(cases["link"].iloc[0])
+    return Evidence(grade_of(cases), outcome, name, link, measured, short, on, rounds(cases))
+
+
+def _ends(cases: pd.DataFrame) -> str:
+    """The least and the greatest gain, with their intervals."""
+    by_gain = cases.sort_values("speedup")
+    return " to ".join(dict.fromkeys(_gain(by_gain.iloc[i]) for i in (0, -1)))
+
+
+def _gain(case: pd.Series) -> str:
+    return gain(
+        Interval(float(case["speedup"]), float(case["speedup_low"]), float(case["speedup_high"]), int(case["n"]))
+    )
+
+
+def _median(cases: pd.DataFrame) -> Interval:
+    return Interval(float(cases["speedup"].median()), float("nan"), float("nan"), len(cases))
+
+
+def _with_attrs(table: pd.DataFrame, like: pd.DataFrame) -> pd.DataFrame:
+    table.attrs = dict(like.attrs)
+    return table
