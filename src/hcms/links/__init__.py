@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    Start = Callable[[int, int, torch.device, timedelta], dist.ProcessGroup]
+    Start = Callable[[int, int, torch.device, timedelta, dist.Store | None], dist.ProcessGroup]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Link:
         processes: `each` rank is one, or `one` process is one rank of P and stands for all.
         evidence: what a measurement over it can show: `hardware`, `one card`, or `mechanism`.
         paced: whether a bandwidth or a communication ratio can be set.
-        start: `(rank, ranks, device, timeout) -> control group`: makes the default process group, and returns one for
-            barriers and gathered results, never for what is measured.
+        start: `(rank, ranks, device, timeout, store) -> control group`: makes the default process group, by the store
+            or by what the environment says, and returns one for barriers and gathered results, never for what is
+            measured.
     """
 
     name: str
@@ -43,6 +44,13 @@ class Link:
     evidence: Literal["hardware", "one card", "mechanism"]
     paced: bool
     start: Start
+
+
+def joining(rank: int, ranks: int, timeout: timedelta, store: dist.Store | None) -> dict[str, Any]:
+    """What `init_process_group` is told of where the other ranks are."""
+    if store is None:
+        return {"timeout": timeout}
+    return {"timeout": timeout, "store": store, "rank": rank, "world_size": ranks}
 
 
 @cache

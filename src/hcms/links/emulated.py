@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from hcms.links import Link
+from hcms.links import Link, joining
 
 NAME = "emulated"
 _HEADER_TAG = 1 << 20  # keeps a header of send / recv apart from its payload
@@ -220,9 +220,11 @@ if NAME not in dist.Backend.backend_list:
     dist.Backend.register_backend(NAME, _create, devices=["cpu"])
 
 
-def start(rank: int, ranks: int, device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
+def start(
+    rank: int, ranks: int, device: torch.device, timeout: timedelta, store: dist.Store | None
+) -> dist.ProcessGroup:
     """The default group over this backend; a Gloo group for control."""
-    dist.init_process_group(NAME, rank=rank, world_size=ranks, timeout=timeout)
+    dist.init_process_group(NAME, **joining(rank, ranks, timeout, store))
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
     return control

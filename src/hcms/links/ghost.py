@@ -412,7 +412,9 @@ def _merged(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor
     return runs
 
 
-def start(rank: int, ranks: int, device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
+def start(
+    rank: int, ranks: int, device: torch.device, timeout: timedelta, store: dist.Store | None
+) -> dist.ProcessGroup:
     """The default group of one rank of `ranks`; it answers control traffic itself."""
     dist.init_process_group(NAME, rank=0, world_size=ranks, store=dist.HashStore(), timeout=timeout)
     group = dist.group.WORLD

@@ -7,15 +7,18 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from hcms.links import Link
+from hcms.links import Link, joining
 
 
-def start(rank: int, ranks: int, device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
+def start(
+    rank: int, ranks: int, device: torch.device, timeout: timedelta, store: dist.Store | None
+) -> dist.ProcessGroup:
     """The default group over the device's own backend; a Gloo group for control."""
+    where = joining(rank, ranks, timeout, store)
     if device.type == "cuda":
-        dist.init_process_group("nccl", rank=rank, world_size=ranks, timeout=timeout, device_id=device)
+        dist.init_process_group("nccl", device_id=device, **where)
     else:
-        dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timeout)
+        dist.init_process_group("gloo", **where)
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup)
     return control

@@ -14,6 +14,7 @@ from typing import Any
 from hcms.hardware import Hardware
 
 VARIABLES = (
+    "CUDA_DEVICE_MAX_CONNECTIONS",
     "CUDA_VISIBLE_DEVICES",
     "GLOO_SOCKET_IFNAME",
     "NCCL_P2P_DISABLE",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hcms.links import emulated
+from hcms.links import links
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.stop import die_with
 from hcms_lab.measure.watch import RankFailed, watch
@@ -26,16 +26,29 @@ LEFT_ALONE_S = 10.0
 
 @dataclass(frozen=True)
 class Rank:
-    """A rank's place. `control` carries barriers and gathered results, never what is measured."""
+    """A rank's place. `control` carries barriers and gathered results, never what is measured.
+
+    Over a link on which one process stands for all ranks, `processes` is 1.
+    """
 
     rank: int
     ranks: int
     device: torch.device
     control: dist.ProcessGroup
+    processes: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not self.processes:
+            object.__setattr__(self, "processes", self.ranks)
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+
+def processes_of(link: str, ranks: int) -> int:
+    """How many processes stand for so many ranks."""
+    return 1 if links()[link].processes == "one" else ranks
 
 
 def under_torchrun() -> bool:
@@ -59,8 +72,8 @@ def launch(
 
     Args:
         fn: importable by name.
-        device: cpu (Gloo, one thread a rank) or cuda (NCCL, one GPU a rank).
-        link: emulated or native.
+        device: cpu (one thread a rank) or cuda.
+        link: a name of `hcms.links`.
         timeout_s: how long a rank waits for the others in an exchange before it gives up.
 
     Raises:
@@ -80,7 +93,7 @@ def launch(
     # Bound here, to a port that nobody else can take meanwhile, and open as long as the ranks live.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     watch(
-        _spawned, ranks, fn, store.port, ranks, device, link, timeout_s, args,
+        _spawned, processes_of(link, ranks), fn, store.port, ranks, device, link, timeout_s, args,
         folder=folder, poll=poll, timeout_s=timeout_s,
     )  # fmt: skip
 
@@ -97,6 +110,9 @@ def _spawned(
 ) -> None:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+    # Streams share the queues that the driver opens to the card, 8 unless told otherwise: two lanes on one queue wait
+    # for each other.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout_s))
     _be_a_rank(fn, rank, ranks, device, link, timeout_s, args, store)
 
@@ -112,23 +128,16 @@ def _be_a_rank(
     store: dist.Store | None = None,
 ) -> None:
     """Join the others, by the store or by what torchrun's environment says, and run `fn`."""
-    timeout = timedelta(seconds=timeout_s)
-    where: dict[str, Any] = {"timeout": timeout, "store": store, "rank": rank, "world_size": ranks}
-    if store is None:
-        where = {"timeout": timeout}
     if device == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
         torch.cuda.set_device(place)
-        dist.init_process_group("nccl", device_id=place, **where)
     else:
         place = torch.device("cpu")
         torch.set_num_threads(1)  # ranks share the host's cores: each stands for one device
-        dist.init_process_group(emulated.NAME if link == "emulated" else "gloo", **where)
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(control, dist.ProcessGroup)
+    control = links()[link].start(rank, ranks, place, timedelta(seconds=timeout_s), store)
     if link == "emulated":
         check_one_clock(control, _host())
-    fn(Rank(rank, ranks, place, control), *args)
+    fn(Rank(rank, ranks, place, control, processes=processes_of(link, ranks)), *args)
     # Not in a `finally`: a rank that fails should be seen to die first, before its peers notice closed connections.
     dist.barrier(control)
     dist.destroy_process_group()
@@ -159,7 +168,7 @@ def together(rank: Rank, error: BaseException | None, *, left_alone_s: float = L
     Raises:
         the error: it is this rank's alone.
     """
-    others = [r for r in range(rank.ranks) if r != rank.rank]
+    others = [r for r in range(rank.processes) if r != rank.rank]
     here, there = torch.zeros(1), [torch.zeros(1) for _ in others]
     works = [dist.isend(here, group=rank.control, group_dst=r) for r in others]
     works += [dist.irecv(x, group=rank.control, group_src=r) for r, x in zip(others, there, strict=True)]
