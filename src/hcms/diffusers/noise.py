@@ -71,6 +71,6 @@ def _share_steps_of(scheduler: Any, group: dist.ProcessGroup, undo: list[Callabl
 def _first_rank_s(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Rank 0's tensor on every rank; the given one stays as it is, as it may be the user's."""
     tensor = tensor.contiguous()
-    shared = tensor if dist.get_rank(group) == 0 else torch.empty_like(tensor)
+    shared = tensor if dist.get_rank(group) == 0 else tensor.clone()
     dist.broadcast(shared, group=group, group_src=0)
     return shared
