@@ -62,8 +62,8 @@ def disable(pipe: Any) -> None:
 
 
 def dividing_threshold(pipe: Any, steps: int) -> float:
-    """A threshold of FirstBlockCache at whose first decision two ranks would differ, each by its half of the tokens, and
-    the whole would skip. Later decisions hang on that one, so they tell nothing beforehand.
+    """A threshold of FirstBlockCache at whose first decision two ranks would differ, each by its half of the tokens,
+    and the whole would skip. Later decisions hang on that one, so they tell nothing beforehand.
     """
     seen: list[list[float]] = []
     original = first_block.FBCHeadBlockHook._should_compute_remaining_blocks

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
+import hcms
 from hcms_lab.ground.model_config import ModelConfig
+from ranks import Place
 
 diffusers = pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[wan]'")
 
@@ -90,3 +94,39 @@ def clip(pipe: Any, *, guidance: float = 4.0, seed: int | None = 0, steps: int =
             **arguments,
         ).frames
     )
+
+
+INPUTS = {
+    "hidden_states": torch.randn(2, 16, 3, 8, 12, generator=torch.Generator().manual_seed(1)),
+    "timestep": torch.tensor([900, 900]),
+    "encoder_hidden_states": torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(2)),
+}
+
+
+def expert() -> Any:
+    """A transformer of a test's own, which it may leave changed."""
+    from hcms_lab.measure.wan.build import random_pipeline
+
+    return random_pipeline(tiny(experts=1), torch.device("cpu")).transformer
+
+
+def run(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**INPUTS).sample
+
+
+def said(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@contextmanager
+def parallel(model: Any, place: Place, **options: Any) -> Iterator[Any]:
+    hcms.parallelize(model, place.gloo, **{"plan": "even:2", **options})
+    try:
+        yield model
+    finally:
+        hcms.restore(model)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
