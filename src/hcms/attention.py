@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hcms.agree import given_by_first
 from hcms.calibrate import calibrate
 from hcms.hardware import hardware
 from hcms.kernels import Kernel, kernel, rows_stand_alone
@@ -21,15 +23,18 @@ from hcms.lanes.cpu import CpuLanes
 from hcms.lanes.cuda import CudaLanes
 from hcms.lanes.graph import CallGraphs
 from hcms.links import emulated, ghost
-from hcms.methods import build_schedule, method
+from hcms.methods import METHODS, build_schedule, method
 from hcms.objects import firsts
 from hcms.programs.ring import RingProgram
 from hcms.programs.ulysses import UlyssesProgram
+from hcms.race import race
 from hcms.schedule.choose import choose
 from hcms.schedule.cost import Workload, WorkloadCosts
+from hcms.schedule.plan import Plan, Setting
 from hcms.schedule.profile import Profile, load
 from hcms.schedule.schedule import COMM, COMM_OUT, First, Schedule
 from hcms.schedule.timeline import Timeline
+from hcms.shortlist import shortlist
 from hcms.transport.layout import HeadExchange, LayerShape
 
 
@@ -40,6 +45,12 @@ class _Layer:
     schedule: Schedule
     program: UlyssesProgram | RingProgram
     graphs: CallGraphs | None = None
+
+    def replay(self, call: Callable[..., None], *qkv: Tensor) -> Tensor | None:
+        """The result by a graph of `call(self, q, k, v, out)`; None where it is to be made eagerly."""
+        if self.graphs is None:
+            self.graphs = CallGraphs(partial(call, self))
+        return self.graphs(*qkv)
 
 
 class SequenceParallelAttention:
@@ -112,9 +123,7 @@ class SequenceParallelAttention:
         layer = self.layer(q_BLNH, k_BLNH, v_BLNH)
         self.schedule, self.replayed = layer.schedule, False
         if self.graph == "auto" and q_BLNH.is_cuda and not (self.record_timeline or self._captured_by_caller()):
-            if layer.graphs is None:
-                layer.graphs = CallGraphs(partial(self._call, layer))
-            out_BLNH = layer.graphs(q_BLNH, k_BLNH, v_BLNH)
+            out_BLNH = layer.replay(self._call, q_BLNH, k_BLNH, v_BLNH)
             if out_BLNH is not None:
                 self.replayed = True
                 return out_BLNH
@@ -180,17 +189,18 @@ class SequenceParallelAttention:
         B, L, N, H = q_BLNH.shape
         shape = LayerShape(B, L, N, H)
         dtype, device = q_BLNH.dtype, q_BLNH.device
-        heads_first = device.type == "cpu"
-        if self.plan == "auto" and self._method.cuts:
-            schedule = self._choose(shape, dtype, device, heads_first)
-        else:
-            schedule = build_schedule(
-                self.method, self.plan, max(1, N // self.ranks), self.ranks, on_host=heads_first, **self._order
-            )
         if self._lanes is None:
             self._lanes = self._make_lanes(device)
-        if self._method.program == "ring":
-            rank = dist.get_rank(self.group)
+        if self.plan == "auto" and self._method.cuts:
+            return self._choose(shape, dtype, device)
+        schedule = build_schedule(
+            self.method, self.plan, max(1, N // self.ranks), self.ranks, on_host=device.type == "cpu", **self._order
+        )
+        return self._build(schedule, shape, dtype, device)
+
+    def _build(self, schedule: Schedule, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> _Layer:
+        rank = dist.get_rank(self.group)
+        if schedule.name == "ring":
             return _Layer(schedule, RingProgram(self.ranks, rank, shape, dtype, device, self.kernel))
         self._refuse_uneven_bits(schedule, shape, dtype, device)
         exchange = HeadExchange(
@@ -199,10 +209,10 @@ class SequenceParallelAttention:
             shape,
             dtype,
             device,
-            heads_first=heads_first,
-            rank=dist.get_rank(self.group),
+            heads_first=device.type == "cpu",
+            rank=rank,
             # Gloo has no all-to-all that leaves a share out; there the copy takes no core from anyone.
-            own_apart=schedule.copies_apart and not heads_first,
+            own_apart=schedule.copies_apart and device.type != "cpu",
         )
         return _Layer(schedule, UlyssesProgram(exchange, self.kernel))
 
@@ -231,29 +241,71 @@ class SequenceParallelAttention:
                     f"in one, at {P * L} tokens: results would not be Ulysses' bit for bit; choose a cut without parts"
                 )
 
-    def _choose(self, shape: LayerShape, dtype: torch.dtype, device: torch.device, heads_first: bool) -> Schedule:
-        """Rank 0's choice for this shape, on the given profile or on one measured now. Collective."""
+    def _choose(self, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> _Layer:
+        """What suits this shape, on the given profile or on one measured now; rank 0's word. Collective.
+
+        On a CPU the simulator's choice, on GPUs the fastest of its shortlist by trial.
+        """
         slug = hardware(device.type).slug
         profile = self._profile
         if profile is None:
-            profile = calibrate(self.group, shape, dtype, device, self.kernel, hardware=slug, heads_first=heads_first)
+            profile = calibrate(
+                self.group, shape, dtype, device, self.kernel, hardware=slug, heads_first=device.type == "cpu"
+            )
         elif not isinstance(profile, Profile):
-            profile = load(
-                profile,
-                hardware=slug,
-                device=device.type,
-                world_size=self.ranks,
-                backend=dist.get_backend(self.group),
-                kernel=self.kernel.name,
-                dtype=str(dtype).removeprefix("torch."),
-                head_dim=shape.head_dim,
+            path = profile
+            profile = given_by_first(
+                self.group,
+                lambda: load(
+                    path,
+                    hardware=slug,
+                    device=device.type,
+                    world_size=self.ranks,
+                    backend=dist.get_backend(self.group),
+                    kernel=self.kernel.name,
+                    dtype=str(dtype).removeprefix("torch."),
+                    head_dim=shape.head_dim,
+                ),
             )
         workload = Workload(
             shape.local_tokens * self.ranks, shape.heads, self.ranks, shape.head_dim, shape.batch, profile.dtype
         )
-        choice = firsts(choose(WorkloadCosts(profile, workload), shape.heads, self.ranks), self.group)
+        costs = WorkloadCosts(profile, workload, graph=self.graph == "auto")
+        if device.type == "cuda" and self.ranks > 1 and workload.heads_a_rank > 1:
+            return self._raced(costs, shape, dtype, device)
+        choice = firsts(choose(costs, shape.heads, self.ranks), self.group)
         self.plan_reason, self.predicted_ms = choice.reason, choice.predicted_ms
-        return choice.schedule()
+        return self._build(choice.schedule(), shape, dtype, device)
+
+    def _raced(self, costs: WorkloadCosts, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> _Layer:
+        """The fastest of the shortlist, timed on these ranks as it will be called; the others' buffers are freed."""
+        setting = Setting(self.ranks)
+        plans = firsts(shortlist(costs, shape.heads // self.ranks, setting, [self.method]), self.group)
+        size = (shape.batch, shape.local_tokens, shape.heads, shape.head_dim)
+        q, k, v = (torch.randn(size, device=device, dtype=torch.float32).to(dtype) for _ in "qkv")
+        out_BLNH = torch.empty_like(q)
+        layers: dict[Plan, _Layer] = {}
+        for plan in plans:
+            with suppress(ValueError):  # thin ends that this kernel would round otherwise; the same on all ranks
+                layers[plan] = self._build(METHODS[plan.method].build(plan, setting), shape, dtype, device)
+
+        def prepare(plan: Plan) -> None:
+            ghost.lay(self.group, shape.heads, lambda: self._call(layers[plan], q, k, v, out_BLNH))
+
+        def call(plan: Plan) -> None:
+            ghost.rewind(self.group)
+            if self.graph == "off" or layers[plan].replay(self._call, q, k, v) is None:
+                self._call(layers[plan], q, k, v, out_BLNH)
+
+        for plan in layers:
+            prepare(plan)
+            for _ in range(_WARM_CALLS):
+                call(plan)
+        raced = race(self.group, [(plan, partial(call, plan)) for plan in layers], prepare)
+        self.plan_reason, self.predicted_ms = raced.reason, None
+        winner = layers[raced.winner]
+        winner.graphs = None  # those of the trial's own tensors
+        return winner
 
     def _make_lanes(self, device: torch.device) -> Lanes:
         backend = _backend(self.group, device.type)
@@ -274,6 +326,7 @@ class SequenceParallelAttention:
 
 
 _ELEMENTS_TRIED = 1 << 17
+_WARM_CALLS = 3  # of a plan before it is timed: an eager one, its capture, a replay
 _kernel, _method = kernel, method  # the class's arguments of these names hide the functions
 
 

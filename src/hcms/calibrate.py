@@ -78,19 +78,9 @@ class _Measuring:
         self.group, self.device, self.heads = group, device, heads
         self.ranks = dist.get_world_size(group)
         self.samples: list[dict[str, Any]] = []
-        self._is_ghost = dist.get_backend(group) == ghost.NAME
-
-    def lay(self, call: Callable[[], object]) -> None:
-        """A first call; where peers are memory, what they send is laid down by it."""
-        if self._is_ghost:
-            ghost.WIRE.prepare(self.heads)
-        call()
-        if self._is_ghost:
-            self.synchronize()
 
     def rewind(self) -> None:
-        if self._is_ghost:
-            ghost.WIRE.replay()
+        ghost.rewind(self.group)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -116,7 +106,10 @@ class _Measuring:
     def take(self, op: str, call: Callable[[], object], *, warm: bool = True, **size: int) -> float:
         """Warm up, then `_REPEATS` samples of `op` at a size; returns the least time."""
         if warm:
-            self.lay(call)
+            if dist.get_backend(self.group) == ghost.NAME:
+                ghost.lay(self.group, self.heads, call)
+            else:
+                call()
         times_ms = [self.once_ms(call) for _ in range(_REPEATS)]
         self.samples += [{"op": op, "ms": ms, **size} for ms in times_ms]
         return min(times_ms)

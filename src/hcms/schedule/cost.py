@@ -271,7 +271,11 @@ class IdealCosts:
     def op_cost(self, op: Op, schedule: Schedule) -> OpCost:
         if op.kind == "rotate":
             return OpCost(self.comm_ms * self.ranks / 2 / (self.ranks - 1))
+        if op.kind in ("pack", "unpack"):
+            return OpCost(0.0)
         share = schedule.cut[op.chunk] / sum(schedule.cut)
+        if op.kind in ("attend", "return") or op.tensors == "q":
+            share /= op.part[1]
         if op.kind == "attend":
             return OpCost(self.attention_ms * share)
         return OpCost(self.comm_ms * share * (len(op.tensors) if op.kind == "exchange" else 1) / 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hcms.schedule.cut import Cut
+from hcms.schedule.cut import Cut, Shape
 from hcms.schedule.schedule import First
 
 
@@ -28,6 +28,11 @@ class Plan:
     first: First = "exchange"
     ends: tuple[int, int] = (1, 1)
     fill: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        """The cut with what is done at its ends, as text writes it."""
+        return Shape(self.cut, self.ends, self.fill)
 
 
 @dataclass(frozen=True, slots=True)

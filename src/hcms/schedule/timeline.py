@@ -65,7 +65,7 @@ class Timeline:
                 "tid": lanes[span.op.lane],
                 "ts": span.begin_ms * 1e3,
                 "dur": span.duration_ms * 1e3,
-                "args": {"tensors": span.op.tensors, "after": list(span.op.after)},
+                "args": {"tensors": span.op.tensors, "after": list(span.op.after), "part": list(span.op.part)},
             }
             for span in self.spans
         ]

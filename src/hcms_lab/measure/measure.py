@@ -57,10 +57,11 @@ def measure_point(rank: Rank, job: Job, point: Point, gbps: float | None, tick: 
     """Interleave the point's cases in shuffled rounds; every rank returns the same records."""
     world = World(point, job.seed, rank.rank, rank.device, job.link == "ghost")
     inputs = [_named(world.shard(i)) for i in range(SETS)]
+    carries = wire(job.link, point)
     references = [reference(world, i) for i in range(SETS)]
     with torch.inference_mode():
         profile = point_profile(rank, job, point)
-        bench = _Bench(rank, job, world, wire(job.link, point), inputs, references)
+        bench = _Bench(rank, job, world, carries, inputs, references)
         timed = [Timed(case) for case in point.cases]
         for t in timed:
             bench.warm_up(t, profile)

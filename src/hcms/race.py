@@ -1,0 +1,73 @@
+"""Decide between plans by timing them on the ranks that will run them: never slower is then measured, not hoped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hcms.schedule.plan import Plan
+from hcms.shortlist import BASELINES
+
+ROUNDS = 5
+_CALLS = 3  # back to back in a round, of which the last two are timed
+
+
+@dataclass(frozen=True)
+class Raced:
+    """The winner, and what every plan took, in ms of the slowest rank: medians over rounds."""
+
+    winner: Plan
+    times_ms: dict[Plan, float]
+    reason: str
+
+
+def race(
+    group: dist.ProcessGroup,
+    calls: Sequence[tuple[Plan, Callable[[], object]]],
+    prepare: Callable[[Plan], None] = lambda plan: None,
+) -> Raced:
+    """Time plans in interleaved rounds on CUDA; rank 0's word is everybody's. Collective.
+
+    Args:
+        calls: each plan with a call of it that is warm.
+        prepare: what the link asks for before a plan's calls of a round.
+    """
+    times_ms: dict[Plan, list[float]] = {plan: [] for plan, _ in calls}
+    for turn in range(ROUNDS):
+        for k in range(len(calls)):
+            plan, call = calls[(turn + k) % len(calls)]
+            prepare(plan)
+            torch.cuda.synchronize()
+            dist.barrier(group)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            call()
+            begin.record()
+            for _ in range(_CALLS - 1):
+                call()
+            end.record()
+            end.synchronize()
+            times_ms[plan].append(begin.elapsed_time(end) / (_CALLS - 1))
+    by_rank: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(by_rank, list(times_ms.values()), group=group)
+    slowest = {plan: [max(r[i][turn] for r in by_rank) for turn in range(ROUNDS)] for i, plan in enumerate(times_ms)}
+    decision = [decide(slowest)]
+    dist.broadcast_object_list(decision, src=dist.get_global_rank(group, 0), group=group)
+    return decision[0]
+
+
+def decide(times_ms: dict[Plan, list[float]]) -> Raced:
+    """The fastest plan if it beats the faster Ulysses beyond noise: in most rounds, and by the median."""
+    medians = {plan: float(median(ms)) for plan, ms in times_ms.items()}
+    base = min((p for p in medians if p.method in BASELINES), key=lambda p: medians[p])
+    best = min(medians, key=lambda p: medians[p])
+    gain = medians[base] / medians[best] - 1
+    wins = sum(a < b for a, b in zip(times_ms[best], times_ms[base], strict=True))
+    if best.method in BASELINES or 2 * wins <= len(times_ms[best]):
+        return Raced(base, medians, f"{base.method}: no chunked plan was faster beyond noise in {ROUNDS} rounds")
+    text = f"{best.method} {best.shape}: timed {medians[best]:.4g} ms, {gain:.1%} faster than {base.method}"
+    return Raced(best, medians, f"{text} ({medians[base]:.4g} ms), of {len(medians)} plans in {ROUNDS} rounds")

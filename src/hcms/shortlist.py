@@ -1,0 +1,46 @@
+"""Plans worth timing: the fastest few by prediction of the methods that are asked for, and both Ulysses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from hcms.methods import METHODS
+from hcms.schedule.cost import predict
+from hcms.schedule.cut import Cut, even, tapered
+from hcms.schedule.plan import Plan, Setting
+from hcms.schedule.simulate import Costs
+
+BASELINES = ("ulysses", "ulysses-packed")
+_MOST_CHUNKS = 8
+_PARTS = (1, 2, 3, 4)
+
+
+def shortlist(
+    costs: Costs, heads_a_rank: int, setting: Setting, methods: Iterable[str], *, most: int = 3
+) -> list[Plan]:
+    """Both Ulysses, then at most `most` chunked plans, by predicted time.
+
+    Of plans with one cut only the best few ends would be listed; so each cut is listed once, as its best.
+    """
+    whole = (heads_a_rank,)
+    fastest: dict[Cut, tuple[float, Plan]] = {}
+    for name in methods:
+        for plan in _plans(name, heads_a_rank):
+            ms = predict(METHODS[name].build(plan, setting), costs).duration_ms
+            if plan.cut not in fastest or ms < fastest[plan.cut][0]:
+                fastest[plan.cut] = (ms, plan)
+    by_time = sorted(fastest.values(), key=lambda timed: timed[0])
+    return [*(Plan(name, whole) for name in BASELINES), *(plan for _, plan in by_time[:most])]
+
+
+def _plans(name: str, heads: int) -> Iterator[Plan]:
+    """The plans of a method that are tried: even and tapered cuts, thin ends and two lanes where it has them."""
+    cuts = [even(heads, k) for k in range(1, min(heads, _MOST_CHUNKS) + 1)]
+    cuts += [tapered(heads, k) for k in range(3, min(heads, _MOST_CHUNKS) + 1)]
+    for cut in dict.fromkeys(cuts):
+        if not METHODS[name].thins:
+            yield Plan(name, cut)
+            continue
+        for parts in _PARTS:
+            for fill in (False, True) if len(cut) > 1 or parts > 1 else (False,):
+                yield Plan(name, cut, ends=(parts, parts), fill=fill)
