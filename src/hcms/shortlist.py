@@ -13,15 +13,17 @@ from hcms.schedule.simulate import Costs
 BASELINES = ("ulysses", "ulysses-packed")
 _MOST_CHUNKS = 8
 _PARTS = (1, 2, 3, 4)
+_PROVEN = 5  # chunks, tapered, ends in two parts, on two lanes: best or next to it wherever it was measured
 
 
 def shortlist(
     costs: Costs, heads_a_rank: int, setting: Setting, methods: Iterable[str], *, most: int = 3
 ) -> list[Plan]:
-    """Both Ulysses, then at most `most` chunked plans, by predicted time.
+    """Both Ulysses, then at most `most` chunked plans by predicted time, and one that did well before.
 
     Of plans with one cut only the best few ends would be listed; so each cut is listed once, as its best.
     """
+    methods = tuple(methods)
     whole = (heads_a_rank,)
     fastest: dict[Cut, tuple[float, Plan]] = {}
     for name in methods:
@@ -30,7 +32,13 @@ def shortlist(
             if plan.cut not in fastest or ms < fastest[plan.cut][0]:
                 fastest[plan.cut] = (ms, plan)
     by_time = sorted(fastest.values(), key=lambda timed: timed[0])
-    return [*(Plan(name, whole) for name in BASELINES), *(plan for _, plan in by_time[:most])]
+    proven = [
+        Plan(name, tapered(heads_a_rank, _PROVEN), ends=(2, 2), fill=True)
+        for name in methods
+        if METHODS[name].thins and heads_a_rank >= _PROVEN
+    ]
+    chunked = dict.fromkeys([*(plan for _, plan in by_time[:most]), *proven])
+    return [*(Plan(name, whole) for name in BASELINES), *chunked]
 
 
 def _plans(name: str, heads: int) -> Iterator[Plan]:

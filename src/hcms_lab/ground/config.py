@@ -66,7 +66,7 @@ class BenchConfig(RoundsConfig):
     seed: int = 0
     predict: bool = True  # calibrate at each point and record what the simulator predicts
     load: str = "auto"  # sustained (blocks of back-to-back calls) | rested (single calls); auto: sustained on GPUs
-    block_ms: float = 350.0  # of a sustained block
+    block_ms: float = 250.0  # of a sustained block
     rest_ms: float = 30.0  # on GPUs, before a rested call
     graph: str = "auto"  # auto | off: whether repeated calls are replayed as CUDA graphs
     timeout_s: float = 600.0  # how long a rank waits for the others before the run ends

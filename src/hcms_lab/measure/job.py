@@ -47,7 +47,7 @@ class Job:
     points: tuple[Point, ...]
     folder: str
     load: str = RESTED
-    block_ms: float = 350.0
+    block_ms: float = 250.0
     rest_ms: float = 0.0
     graph: str = "off"
     gbps_of_ratio: Mapping[float, float] = field(default_factory=dict)
