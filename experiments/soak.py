@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from hcms_lab.ground.checks import number
-from hcms_lab.ground.config import CasesConfig, LayerConfig
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.cases import device_of, link_of, ranks_of
 from hcms_lab.measure.progress import progress
+from microbench import Settings as Layers
 from microbench import grid
 from microbench import validate as validate_grid
 
 
 @dataclass
-class Settings(LayerConfig, CasesConfig):
+class Settings(Layers):
     kind: str = "soak"
     minutes: float = 30.0
 
@@ -30,7 +30,7 @@ def validate(cfg: Settings) -> None:
         raise UsageError("link.gbps=null: a ratio would be measured anew on every run; give a bandwidth")
     if cfg.resume is not None:
         raise UsageError(f"resume={cfg.resume}: what a process holds cannot be gone on with; start a new run")
-    validate_grid(cfg)  # pyright: ignore[reportArgumentType]
+    validate_grid(cfg)
 
 
 def run(cfg: Settings, folder: Path) -> bool:

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hcms.methods import METHODS
-from hcms.schedule.cut import compositions
 from hcms.schedule.plan import Plan, Setting
 from hcms.schedule.schedule import COMM, COMPUTE, Op, Schedule
 
@@ -203,10 +202,20 @@ def _moved(state: State, lane: int, ranks: range | list[int]) -> State:
     )
 
 
+def cuts_of(heads: int, most_chunks: int) -> list[tuple[int, ...]]:
+    """Every way to cut so many heads into ordered chunks."""
+    return [
+        cut
+        for chunks in range(1, most_chunks + 1)
+        for cut in product(range(1, heads + 1), repeat=chunks)
+        if sum(cut) == heads
+    ]
+
+
 SMALL = [
     (name, cut, prefetch, first)
     for name, method in METHODS.items()
-    for cut in (compositions(4, max_chunks=3) if method.cuts else [(2,)])
+    for cut in (cuts_of(4, most_chunks=3) if method.cuts else [(2,)])
     for prefetch in ([None, 1, 2] if method.cuts else [None])
     for first in (["exchange", "return"] if method.cuts else ["exchange"])
 ]

@@ -58,7 +58,7 @@ def wait_for_none(mark: str, within_s: float) -> None:
 
 
 def faulty(folder: Path, mark: str, fault: str, *settings: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return tiny.command(folder, FAULTY, *TINY, *settings, FAULT=fault, **{MARK: mark}, **variables)
+    return tiny.command(folder, FAULTY, *TINY, *settings, **{"FAULT": fault, MARK: mark, **variables})  # pyright: ignore[reportArgumentType]
 
 
 def run_folder(folder: Path) -> Path:

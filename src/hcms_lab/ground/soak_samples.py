@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,5 @@ def append(path: Path, samples: Sequence[SoakSample]) -> None:
 
 def read(path: Path) -> list[SoakSample]:
     with path.open(newline="") as file:
-        return [
-            SoakSample(**{f.name: (int if f.type == "int" else float)(row[f.name]) for f in fields(SoakSample)})
-            for row in csv.DictReader(file)
-        ]
+        kinds: dict[str, Any] = {f.name: int if f.type == "int" else float for f in fields(SoakSample)}
+        return [SoakSample(**{name: kind(row[name]) for name, kind in kinds.items()}) for row in csv.DictReader(file)]

@@ -18,6 +18,7 @@ from hcms_lab.measure.inputs import SETS, World, reference
 from hcms_lab.measure.job import Job
 from hcms_lab.measure.launch import Rank
 from hcms_lab.measure.timing import gathered, timed_call
+from hcms_lab.measure.wire import wire
 
 SAMPLES = "samples.csv"
 CALLS = 2  # of each object on each input
@@ -35,6 +36,7 @@ def soak(rank: Rank, job: Job, minutes: float, tick: Callable[[str], None]) -> N
     worlds = [World(point, job.seed, rank.rank, rank.device, job.link == "ghost") for point in job.points]
     inputs = [[{f"{t}_BLNH": x for t, x in w.shard(i).items()} for i in range(SETS)] for w in worlds]
     references = [[reference(w, i) for i in range(SETS)] for w in worlds]
+    wires = [wire(job.link, point) for point in job.points]
     first: dict[tuple[int, int, int], Tensor] = {}
     wrong = cycle = 0
     while True:
@@ -43,7 +45,9 @@ def soak(rank: Rank, job: Job, minutes: float, tick: Callable[[str], None]) -> N
                 entrant = contestant(case, point.kernel, None, None)
                 for i in [*range(SETS)] * CALLS:
                     with torch.inference_mode():
+                        wires[at].lay(partial(entrant.eager, **inputs[at][i]))
                         entrant.poison()
+                        wires[at].rewind()
                         out, _ = timed_call(rank, partial(entrant, **inputs[at][i]))
                     was = first.setdefault((at, number, i), out)
                     wrong += not torch.equal(out, was) or references[at][i].error(out) > references[at][i].bound
