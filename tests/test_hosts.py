@@ -181,7 +181,7 @@ def test_the_script_that_slurm_gets(tmp_path: Path) -> None:
     done = tiny.command(tmp_path, RUN, "--multirun", *command, PATH=path)
     assert done.returncode != 0
     assert "no cluster here" in done.stderr
-    scripts = [script.read_text() for script in tmp_path.glob("outputs/**/submission_file*.sh")]
+    scripts = [script.read_text() for script in tmp_path.rglob("*.sh")]
     assert scripts, done.stderr
     for line in ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=4", "--partition=gpu", "--time=120"):
         assert f"#SBATCH {line}\n" in scripts[0]

@@ -26,6 +26,7 @@ BY_KIND: dict[str, tuple[str, ...]] = {
     "microbench": (*ON_TWO_RANKS, *LAYER),
     "calibrate": (*ON_TWO_RANKS, *LAYER),
     "machinery": ("ranks=2", "cuts=[even:2]", "bench.iterations=50", "wandb.mode=disabled"),
+    "soak": (*ON_TWO_RANKS, "minutes=0.1"),
     "wan": (*ON_TWO_RANKS, *CLIP),
     "hardware_types": ("wandb.mode=disabled",),
     "wan_predict": ("gpu=l40s", "ranks=4", "frames=33", "wandb.mode=disabled"),
@@ -67,6 +68,8 @@ def test_an_experiment_runs_to_its_drawing(name: str, tmp_path: Path) -> None:
         assert not (tmp_path / "outputs").exists()
     elif name == "calibrate":
         assert load(folder / "profile.yaml").world_size == 2
+    elif name == "soak":
+        assert {path.name for path in folder.glob("*s*")} >= {"samples.csv", "soak.png"}
     else:
         table = records(folder)
         assert set(table["exp"]) >= {name}
