@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hcms.agree import given_by_first
+from hcms.agree import agree, given_by_first
 from hcms.calibrate import calibrate
 from hcms.hardware import hardware
 from hcms.kernels import Kernel, kernel, rows_stand_alone
@@ -46,11 +46,11 @@ class _Layer:
     program: UlyssesProgram | RingProgram
     graphs: CallGraphs | None = None
 
-    def replay(self, call: Callable[..., None], *qkv: Tensor) -> Tensor | None:
-        """The result by a graph of `call(self, q, k, v, out)`; None where it is to be made eagerly."""
+    def replay(self, call: Callable[..., None], *tensors: Tensor) -> bool:
+        """Make `call(self, q, k, v, out)` by a graph; False where it is to be made eagerly."""
         if self.graphs is None:
             self.graphs = CallGraphs(partial(call, self))
-        return self.graphs(*qkv)
+        return self.graphs(*tensors)
 
 
 class SequenceParallelAttention:
@@ -122,13 +122,11 @@ class SequenceParallelAttention:
     def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         layer = self.layer(q_BLNH, k_BLNH, v_BLNH)
         self.schedule, self.replayed = layer.schedule, False
-        if self.graph == "auto" and q_BLNH.is_cuda and not (self.record_timeline or self._captured_by_caller()):
-            out_BLNH = layer.replay(self._call, q_BLNH, k_BLNH, v_BLNH)
-            if out_BLNH is not None:
-                self.replayed = True
-                return out_BLNH
         out_BLNH = torch.empty(q_BLNH.shape, dtype=q_BLNH.dtype, device=q_BLNH.device)
-        self._call(layer, q_BLNH, k_BLNH, v_BLNH, out_BLNH)
+        if self.graph == "auto" and q_BLNH.is_cuda and not (self.record_timeline or self._captured_by_caller()):
+            self.replayed = layer.replay(self._call, q_BLNH, k_BLNH, v_BLNH, out_BLNH)
+        if not self.replayed:
+            self._call(layer, q_BLNH, k_BLNH, v_BLNH, out_BLNH)
         return out_BLNH
 
     def _call(self, layer: _Layer, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, out_BLNH: Tensor) -> None:
@@ -156,6 +154,7 @@ class SequenceParallelAttention:
         self._check(q_BLNH, k_BLNH, v_BLNH)
         key = (q_BLNH.shape, q_BLNH.dtype, q_BLNH.device)
         if key not in self._layers:
+            agree(self.group, (*q_BLNH.shape, str(q_BLNH.dtype), self.method, str(self.plan)), "shape, dtype or method")
             if refusal := self.kernel.refusal(q_BLNH.dtype, q_BLNH.shape[3], q_BLNH.device.type):
                 raise ValueError(refusal)
             # Buffers made in inference mode could not be written outside it by a later call.
@@ -294,7 +293,7 @@ class SequenceParallelAttention:
 
         def call(plan: Plan) -> None:
             ghost.rewind(self.group)
-            if self.graph == "off" or layers[plan].replay(self._call, q, k, v) is None:
+            if self.graph == "off" or not layers[plan].replay(self._call, q, k, v, out_BLNH):
                 self._call(layers[plan], q, k, v, out_BLNH)
 
         for plan in layers:

@@ -160,7 +160,7 @@ def _measure_chunk(
     if whole and P > 1:
         _measure_interference(measuring, exchange, kernel, qkv, attend_ms, exchange_ms)
         if device.type == "cuda":
-            measuring.samples.append(occupancy(measuring, exchange, kernel, qkv, attend_ms))
+            measuring.samples.append(occupancy(measuring, inputs, kernel, qkv, attend_ms))
 
 
 def _measure_host(measuring: _Measuring, exchange: HeadExchange) -> None:

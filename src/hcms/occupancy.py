@@ -14,7 +14,8 @@ from torch import Tensor
 from hcms.kernels import Kernel
 from hcms.lanes.cuda import side_stream
 from hcms.schedule.schedule import COMM, COMPUTE_2
-from hcms.transport.layout import HeadExchange
+from hcms.schedule.zero import zero
+from hcms.transport.layout import HeadExchange, LayerShape
 
 _REPEATS = 3
 _BLOCKED = 0.5  # of the attention that was left when it was issued: waited that long, it was held up by it
@@ -30,13 +31,27 @@ class Measuring(Protocol):
 
 
 def occupancy(
-    measuring: Measuring, exchange: HeadExchange, kernel: Kernel, qkv: list[Tensor], attend_ms: float
+    measuring: Measuring, inputs: dict[str, Tensor], kernel: Kernel, qkv: list[Tensor], attend_ms: float
 ) -> dict[str, Any]:
     """A sample for `fit`: does attention hold every SM, does an exchange need one, what do two lanes give.
 
     Copies and exchanges are issued while attention of all heads runs, and take either their own time or until its end.
-    Collective. Call it with the chunk's own exchange, whose buffers it writes.
+    The exchange moves bytes alone, as `hcms-zero`'s does: a copy of the own share would need SMs on any transport.
+    Collective.
+
+    Args:
+        inputs: `q`, `k`, `v` `[B, L, N, H]`.
+        qkv: `q_BSMH`, `k_BSMH`, `v_BSMH` to attend to.
+        attend_ms: what attention to them takes alone.
     """
+    B, L, N, H = inputs["q"].shape
+    ranks, rank = dist.get_world_size(measuring.group), dist.get_rank(measuring.group)
+    exchange = HeadExchange(
+        zero((N // ranks,)), ranks, LayerShape(B, L, N, H), inputs["q"].dtype, measuring.device,
+        heads_first=False, rank=rank, own_apart=True,
+    )  # fmt: skip
+    exchange.bind(inputs, torch.empty_like(inputs["q"]))
+    exchange.pack(0, "qkv")
     qkv = [x.clone() for x in qkv]
     side = side_stream(measuring.device, COMM)
 

@@ -1,8 +1,8 @@
 """Whole calls as CUDA graphs: captured once a shape, replayed with one launch.
 
-A graph holds addresses. Where the caller's tensors come to the same addresses again, as in a loop over layers whose
-allocator repeats itself, a call is captured by those addresses; where they do not, one graph a shape reads copies of
-the inputs. The result is always a new tensor of the caller's: the graph writes its own, which is copied out.
+A graph holds addresses. Where the caller's tensors and the new output come to the same addresses again, as in a loop
+over layers whose allocator repeats itself, a call is captured by those addresses; where they do not, one graph a shape
+reads copies of the inputs and its output is copied out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class CallGraphs:
     """The graphs of one layer shape.
 
     Streams: a replay runs on the caller's current stream, as the call itself would. Capturing waits for the device
-    once. Memory: graphs share one pool, whose outputs are copied out before another graph is replayed.
+    once. Memory: graphs share one pool, in which nothing outlives a replay. A graph by address holds none of the
+    caller's tensors: they are there again, or it is not replayed.
 
     Args:
         call: the eager call; it has run before, so that capturing allocates and compiles nothing that is kept.
@@ -32,46 +33,57 @@ class CallGraphs:
     def __init__(self, call: Call) -> None:
         self._call = call
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: OrderedDict[tuple[int, ...] | None, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = OrderedDict()
+        self._by_address: OrderedDict[tuple[int, ...], torch.cuda.CUDAGraph] = OrderedDict()
+        self._copies: tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]] | None = None
         self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
+        self._forgotten = 0  # addresses that came once and have not come again
         self.refusal: str | None = None  # why calls are not replayed
 
-    def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor | None:
-        """The result by a replay; None where this call is to be made eagerly."""
+    def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, out_BLNH: Tensor) -> bool:
+        """Fill `out_BLNH` by a replay; False where this call is to be made eagerly."""
         if self.refusal is not None:
-            return None
-        inputs = [q_BLNH, k_BLNH, v_BLNH]
-        key = tuple(x for t in inputs for x in (t.data_ptr(), *t.stride()))
-        known = self._graphs.get(key)
-        if known is None:
-            if key in self._seen:
-                known = self._capture(key, inputs)
-            elif len(self._seen) >= SEEN_ONCE:  # addresses do not come again
-                known = self._graphs.get(None) or self._capture(None, [torch.empty_like(t) for t in inputs])
-                if known is not None:
-                    for static, given in zip(known[1], inputs, strict=False):
-                        static.copy_(given)
-            else:
-                self._seen[key] = None
-            if known is None:
-                return None
-        graph, tensors = known
-        graph.replay()
-        return tensors[-1].clone()
+            return False
+        given = (q_BLNH, k_BLNH, v_BLNH, out_BLNH)
+        key = tuple(x for t in given for x in (t.data_ptr(), *t.stride()))
+        graph = self._by_address.get(key)
+        if graph is None and key in self._seen:
+            graph = self._captured(given)
+            if graph is not None:
+                self._by_address[key] = graph
+                while len(self._by_address) > BY_ADDRESS:
+                    self._by_address.popitem(last=False)
+        if graph is not None:
+            self._by_address.move_to_end(key)
+            graph.replay()
+            return True
+        self._seen[key] = None
+        while len(self._seen) > SEEN_ONCE:
+            self._seen.popitem(last=False)
+            self._forgotten += 1
+        return self._forgotten > SEEN_ONCE and self._by_copies(given)
 
-    def _capture(
-        self, key: tuple[int, ...] | None, inputs: list[Tensor]
-    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]] | None:
-        graph, out_BLNH = torch.cuda.CUDAGraph(), torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+    def _by_copies(self, given: tuple[Tensor, ...]) -> bool:
+        """Addresses do not come again: copy the inputs to where a graph reads them, and its output to where it goes."""
+        if self._copies is None:
+            own = tuple(torch.empty_like(t) for t in given)
+            graph = self._captured(own)
+            if graph is None:
+                return False
+            self._copies = (graph, own)
+        graph, own = self._copies
+        for target, source in zip(own[:3], given[:3], strict=True):
+            target.copy_(source)
+        graph.replay()
+        given[3].copy_(own[3])
+        return True
+
+    def _captured(self, tensors: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph | None:
+        graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: what other threads do with the device meanwhile is theirs.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._call(inputs[0], inputs[1], inputs[2], out_BLNH)
+                self._call(*tensors)
         except RuntimeError as error:
             self.refusal = f"capture failed: {str(error).strip().splitlines()[0]}"
             return None
-        # A graph by address holds none of the caller's tensors: they are there again, or it is not replayed.
-        self._graphs[key] = (graph, [*inputs, out_BLNH] if key is None else [out_BLNH])
-        while len(self._graphs) > BY_ADDRESS:
-            self._graphs.popitem(last=False)
-        return self._graphs[key]
+        return graph

@@ -37,14 +37,18 @@ class Timeline:
 
     @property
     def attention_ms(self) -> float:
-        """Time spent in local attention."""
-        return sum(span.duration_ms for span in self.spans if span.op.kind == "attend")
+        """Time with local attention under way (two lanes that attend at once count once)."""
+        return self._busy_ms([s for s in self.spans if s.op.kind == "attend"])
 
     @property
     def communication_ms(self) -> float:
-        """Time with at least one exchange, return or rotation under way (overlapping spans count once)."""
+        """Time with at least one exchange, return, rotation or copy under way (overlapping spans count once)."""
+        return self._busy_ms([s for s in self.spans if s.op.kind != "attend"])
+
+    @staticmethod
+    def _busy_ms(spans: list[Span]) -> float:
         busy_ms, reach_ms = 0.0, float("-inf")
-        for span in sorted((s for s in self.spans if s.op.kind != "attend"), key=lambda s: s.begin_ms):
+        for span in sorted(spans, key=lambda s: s.begin_ms):
             busy_ms += max(0.0, span.end_ms - max(span.begin_ms, reach_ms))
             reach_ms = max(reach_ms, span.end_ms)
         return busy_ms

@@ -61,6 +61,10 @@ def measure_point(rank: Rank, job: Job, point: Point, gbps: float | None, tick: 
     references = [reference(world, i) for i in range(SETS)]
     with torch.inference_mode():
         profile = point_profile(rank, job, point)
+        if profile is not None and rank.first and job.profile is None:
+            name = f"{point.ranks}x{point.seq_len}-{point.kernel}-{point.dtype}"
+            ratio = "" if point.link_ratio is None else f"-rho{point.link_ratio:g}"
+            profile.save(Path(job.folder) / "profiles" / f"{name}{ratio}.yaml")
         bench = _Bench(rank, job, world, carries, inputs, references)
         timed = [Timed(case) for case in point.cases]
         for t in timed:
