@@ -164,6 +164,10 @@ LAYER = [
     ("bench.iterations=many", "bench.iterations=many", "Integer"),
     ("bench.seed=-1", "bench.seed=-1", "at least 0"),
     ("bench.seed=99999999999", "bench.seed=99999999999", "at most 2147483647"),
+    ("bench.timeout_s=0", "bench.timeout_s=0.0", "from 1 to"),
+    ("bench.timeout_s=inf", "bench.timeout_s=inf", "from 1 to"),
+    ("bench.load=much", "bench.load=much", "choose one of auto"),
+    ("bench.block_ms=nan", "bench.block_ms=nan", "from 1 to"),
     ("methods=hcms", "methods=hcms", "list"),
     # lists that are empty, or say a thing twice
     ("methods=[]", r"methods=\[\]", "at least one of ulysses"),
@@ -296,6 +300,10 @@ OTHERS = [
     ("machinery", "ranks=3", "ranks=3", "heads=21"),
     ("machinery", "bench.iterations=0", "bench.iterations=0", COUNT),
     ("machinery", "device=cuda", "device=cuda", "no GPU is visible"),
+    ("soak", "minutes=nan", "minutes=nan", "above 0"),
+    ("soak", "minutes=0", "minutes=0.0", "above 0"),
+    ("soak", "link.gbps=null", "link.gbps=null", "give a bandwidth"),
+    ("soak", "ranks=[2,4]", "ranks=", "give one number"),
     ("table1", "ranks=2", "ranks", "no such setting"),
     ("table1", "wandb.mode=on", "wandb.mode=on", "choose one of"),
 ]
@@ -432,7 +440,8 @@ def test_the_command_itself(tmp_path: Path, line: str, says: str) -> None:
     assert done.stderr.count("\n") == 1
     assert took_s < LIMIT_S
     made = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert made <= ({"multirun.yaml"} if "--multirun" in line else set()), "no environment, no record, no log of a rank"
+    hydras = {"multirun.yaml", "config.yaml", "hydra.yaml", "overrides.yaml"} if "--multirun" in line else set()
+    assert made <= hydras, "no environment, no record, no log of a rank"
 
 
 def test_a_run_goes_on_only_in_its_own_folder(refused: Refused, tmp_path: Path) -> None:
@@ -487,6 +496,7 @@ KNOWN = {
     "advise": "ranks latent_frames gpu kernels workload.heads workload.tokens_per_frame",
     "calibrate": "ranks latent_frames kernels workload.dtype link.gbps bench.iterations",
     "machinery": "ranks heads methods cuts bench.iterations device",
+    "soak": "minutes ranks methods link.gbps resume",
     "table1": "name wandb.mode device",
 }
 UNKNOWN = ("frames", "xyzzy", "workload.frames", "about.what", "hydra.nothing", "exp@here", "no/group", "a.b.c")
