@@ -16,7 +16,6 @@ from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.names import KERNELS, PEER
 from hcms_lab.ground.records import RecordFile, derived_gbps
 from hcms_lab.measure.cases import Point, device_of, link_of, points
-from hcms_lab.measure.progress import progress
 from hcms_lab.report.terminal import Column, print_whole, width
 from hcms_lab.report.terminal import table as fitted
 from hcms_lab.report.words import short_cut
@@ -82,6 +81,7 @@ def run(cfg: Settings, folder: Path) -> bool:
 
     from hcms_lab.measure.job import Job
     from hcms_lab.measure.launch import launch
+    from hcms_lab.measure.progress import progress
 
     device, link = device_of(cfg), link_of(cfg)
     slug = hardware(device).slug

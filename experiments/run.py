@@ -82,18 +82,18 @@ Flags: --check, --list, --help; of Hydra: --cfg job, --multirun, --info, --hydra
 """
 
 
-def named(overrides: list[str]) -> list[Experiment]:
-    """The experiments that `+exp=` names: one, or several in a sweep.
+def named(overrides: list[str]) -> Experiment:
+    """The experiment that `+exp=` names.
 
     Raises:
-        UsageError: none, an unknown one, or `exp=` without its plus.
+        UsageError: none, an unknown one, more than one, or `exp=` without its plus.
     """
     if any(o.startswith("exp=") for o in overrides):
         raise UsageError(f"exp: write it with a plus, +exp=NAME, one of {', '.join(names())}")
     chosen = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("exp=")]
     if not chosen:
         raise UsageError(f"no experiment named: give +exp=NAME, one of {', '.join(names())}")
-    return [experiment(name) for name in ",".join(chosen).split(",")]
+    return experiment(",".join(chosen))
 
 
 def script(kind: str) -> ModuleType:
@@ -112,13 +112,10 @@ def script(kind: str) -> ModuleType:
     return module
 
 
-def kinds_of(overrides: list[str]) -> list[str]:
-    """The kinds of experiment that overrides lead to, a `kind=` of the command line last; each is made known."""
-    own = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("kind=")]
-    kinds = [e.kind for e in named(overrides)] + own
-    for kind in kinds:
-        script(kind)
-    return kinds
+def schema_of(overrides: list[str]) -> type[BaseConfig]:
+    """The `Settings` that these overrides are composed with: of the experiment's kind, or of a `kind=` among them."""
+    kinds = [named(overrides).kind, *(o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("kind="))]
+    return [script(kind).Settings for kind in kinds][-1]
 
 
 def composed(overrides: list[str]) -> Any:
@@ -127,8 +124,7 @@ def composed(overrides: list[str]) -> Any:
     Raises:
         UsageError: no experiment is named, or a key, group or value does not exist.
     """
-    schema = script(kinds_of(overrides)[-1]).Settings
-    return compose.composed(CONF, overrides, schema)
+    return compose.composed(CONF, overrides, schema_of(overrides))
 
 
 def writes(module: ModuleType, cfg: BaseConfig) -> bool:
@@ -159,8 +155,8 @@ def check(module: ModuleType, cfg: BaseConfig, exp: str) -> None:
     if not writes(module, cfg):
         return
     try:
-        if not cfg.output:
-            raise OSError("an empty name")
+        if not cfg.output or not cfg.output.isprintable():
+            raise OSError("a name of no or of unprintable characters")
         Path(cfg.output).mkdir(parents=True, exist_ok=True)
         if not os.access(cfg.output, os.W_OK):
             raise PermissionError("it may not be written")
@@ -199,20 +195,21 @@ def with_gpus(overrides: list[str]) -> list[str]:
 
 
 def refuse(error: UsageError) -> NoReturn:
-    print("error:", "\\n".join(str(error).splitlines()), file=sys.stderr)
+    """End with one line, whatever characters a setting had in it."""
+    print("error:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)), file=sys.stderr)
     sys.exit(2)
 
 
 @hydra_main(version_base="1.3", config_path=str(CONF), config_name="config")
 def hydra_run(cfg) -> None:
-    from hcms_lab.run import run_recorded
-
     config: Any = OmegaConf.to_object(cfg)
     try:
         module = script(config.kind)
         check(module, config, HydraConfig.get().runtime.choices["exp"])
     except UsageError as error:
         refuse(error)
+    from hcms_lab.run import run_recorded  # after the checks: it takes its time to import
+
     folder = Path(HydraConfig.get().runtime.output_dir)
     if config.resume is not None:
         folder = Path(config.resume)
@@ -239,10 +236,8 @@ def with_hydras_flags(argv: list[str]) -> None:
     """Leave the command line to Hydra; what it refuses is one line as well."""
     if unknown := [a for a in argv if a.startswith("-") and a.partition("=")[0] not in HYDRAS]:
         raise UsageError(f"{unknown[0]}: no such flag here; --help shows those that there are")
-    if not any(flag in argv for flag in ABOUT_HYDRA):
-        schema = script(kinds_of([a for a in argv if not a.startswith("-")])[-1]).Settings
-    else:
-        schema = BaseConfig
+    about_hydra = any(flag in argv for flag in ABOUT_HYDRA)
+    schema = BaseConfig if about_hydra else schema_of([a for a in argv if not a.startswith("-")])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
     try:
         hydra_run()
@@ -266,7 +261,7 @@ def main(argv: list[str]) -> None:
         overrides = with_gpus(given)
         cfg = composed(overrides)
         module = script(cfg.kind)
-        check(module, cfg, named(given)[0].name)
+        check(module, cfg, named(given).name)
         if CHECK in argv:
             print(f"{cfg.name}: these settings can run")
             return

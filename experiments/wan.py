@@ -24,8 +24,7 @@ from hcms_lab.ground.model_config import ClipConfig, ModelConfig, chosen_model, 
 from hcms_lab.ground.names import KERNELS
 from hcms_lab.ground.records import RecordFile, derived_gbps
 from hcms_lab.measure.cases import Case, Point, check_run, device_of, latency_us_of, link_of, ranks_of, ratios_of
-from hcms_lab.measure.fits import check_pace
-from hcms_lab.measure.progress import progress
+from hcms_lab.measure.fits import check_memory, check_pace
 from hcms_lab.measure.wan.folder import as_saved
 
 NEEDS = ("diffusers", "transformers", "accelerate", "imageio_ffmpeg")
@@ -68,10 +67,11 @@ def validate(cfg: Settings) -> None:
         for clip in clips:
             if refusal := clip.refusal(ranks):
                 raise UsageError(refusal)
+            layer = Workload(clip.tokens, heads, ranks, model.transformer["attention_head_dim"], 1, model.dtype)
             if link_of(cfg) == "emulated":
-                head_dim = model.transformer["attention_head_dim"]
-                layer = Workload(clip.tokens, heads, ranks, head_dim, 1, model.dtype)
                 check_pace(layer, cfg.link.gbps, latency_us_of(cfg))
+            if not cfg.dry and cfg.memory_gib is None:  # one layer, before the whole model is built to be counted
+                check_memory(layer, f"frames={clip.frames}", device_of(cfg))
     if missing := [name for name in NEEDS if find_spec(name) is None]:
         raise UsageError(f"{cfg.name} needs {', '.join(missing)}: pip install -e '.[lab]'")
     _check_kernel(cfg, model)
@@ -88,6 +88,7 @@ def run(cfg: Settings, folder: Path | None) -> bool:
     assert folder is not None
     from hcms_lab.measure.job import Job
     from hcms_lab.measure.launch import launch
+    from hcms_lab.measure.progress import progress
     from hcms_lab.measure.wan.clips import ClipJob
 
     device, link = device_of(cfg), link_of(cfg)

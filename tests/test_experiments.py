@@ -13,18 +13,17 @@ import pytest
 from rich.console import Console
 
 import tiny
-from hcms_lab.ground.config import Config
+from hcms_lab.ground.config import BaseConfig
 from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.experiments import experiment, experiments
+from hcms_lab.ground.load import config
 from hcms_lab.ground.records import RecordFile
 
 pytestmark = pytest.mark.t3
 
 CONF = tiny.EXPERIMENTS.parent / "conf"
-NAMES = sorted(path.stem for path in (CONF / "exp").glob("*.yaml"))
-
-
-def text_of(name: str) -> str:
-    return (CONF / "exp" / f"{name}.yaml").read_text()
+NAMES = [e.name for e in experiments()]
+OF_LAYERS = [e.name for e in experiments() if e.kind == "microbench"]
 
 
 @pytest.fixture
@@ -45,19 +44,20 @@ def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_composes_and_validates(run: ModuleType, name: str) -> None:
     cfg = run.composed(run.with_gpus([f"+exp={name}"]))
-    assert isinstance(cfg, Config)
-    assert cfg.name == name
-    assert run.script(cfg).validate(cfg) is None
+    assert isinstance(cfg, BaseConfig)
+    assert (cfg.name, cfg.kind) == (name, experiment(name).kind)
+    assert type(cfg) is run.script(cfg.kind).Settings
+    assert run.check(run.script(cfg.kind), cfg, name) is None
 
 
 @pytest.mark.parametrize("gpus", [1, 4, 8])
-@pytest.mark.parametrize("name", [name for name in NAMES if "kind: microbench" in text_of(name)])
+@pytest.mark.parametrize("name", OF_LAYERS)
 def test_validates_where_there_are_gpus(run: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, gpus: int) -> None:
     """On one GPU an experiment may say that it needs more; it may not break."""
     pretend_gpus(monkeypatch, gpus)
     try:
         cfg = run.composed(run.with_gpus([f"+exp={name}"]))
-        run.script(cfg).validate(cfg)
+        run.script(cfg.kind).validate(cfg)
     except UsageError as refusal:
         if gpus > 1 or "2 GPUs or more" not in str(refusal):
             raise
@@ -66,17 +66,77 @@ def test_validates_where_there_are_gpus(run: ModuleType, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_says_how_to_run_it(run: ModuleType, name: str) -> None:
-    lines = text_of(name).splitlines()
+def test_says_what_it_is_and_how_to_run_it(name: str) -> None:
+    lines = (CONF / "exp" / f"{name}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_"
-    assert lines[1].startswith(f"# python experiments/run.py +exp={name}")
+    assert lines[1] == f"# {experiment(name).command}"
+    assert experiment(name).command.startswith(f"python experiments/run.py +exp={name}")
     assert f"name: {name}" in lines
-    assert run.experiments()[name]
+    assert experiment(name).title[0].isupper()
+    assert not any("Budget" in line or "Needs" in line for line in lines), "these are fields"
+
+
+def test_names_are_those_of_the_files() -> None:
+    assert sorted(NAMES) == sorted(path.stem for path in (CONF / "exp").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: fig1\n", "conf/exp/fig1.yaml: its defaults must name one kind"),
+        ("defaults: [/kind: wan]\nabout: {title: x, minutes: 3}\n", "'minutes' not in 'AboutConfig'"),
+        (
+            "defaults: [/kind: wan]\nabout: {title: x, budget_min: much}\n",
+            "'much' of type 'str' could not be converted",
+        ),
+        ("defaults: [/kind: wan]\nabout: {title: x, axis: time}\n", "about.axis=time: choose one of seq_len"),
+        ("defaults: [/kind: wan\n", "conf/exp/fig1.yaml: "),
+        ("- 3\n", "conf/exp/fig1.yaml: "),
+        ("defaults: [/kind: wan]\nname: fig1\n", "title"),
+    ],
+)
+def test_a_file_that_does_not_say_what_it_is(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "conf" / "exp").mkdir(parents=True)
+    (tmp_path / "conf" / "exp" / "fig1.yaml").write_text(text)
+    with pytest.raises(UsageError) as refused:
+        experiment("fig1", tmp_path)
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_list(run: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     run.main(["--list"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == NAMES
+
+
+def test_help_fits_a_screen_and_names_everything(run: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    run.main(["+exp=fig3", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert len(lines) <= 60
+    words = {word for line in lines for word in line.split()}
+    assert {*NAMES, "outputs/NAME/latest,", "ranks=4"} <= words
+
+
+def test_a_sweep(tmp_path: Path) -> None:
+    done = tiny.command(
+        tmp_path, str(tiny.EXPERIMENTS / "run.py"), "--multirun", "+exp=fig6", "ranks=2,4", "wandb.mode=disabled"
+    )
+    assert done.returncode == 0, done.stderr
+    runs = sorted(folder for folder in tmp_path.glob("outputs/fig6/multirun_*/*") if folder.name.isdigit())
+    assert [(config(folder)["kind"], config(folder)["ranks"]) for folder in runs] == [
+        ("hardware_types", 2),
+        ("hardware_types", 4),
+    ]
+
+
+def test_committed_runs_read_as_todays(tmp_path: Path) -> None:
+    """Records of before layers and clips had names of their own for frames."""
+    committed = tiny.EXPERIMENTS.parent / "paper_tables" / "records" / "cpu-intel-xeon-processor-2c"
+    assert "\nframes:\n" in (committed / "fig3" / "config.resolved.yaml").read_text()
+    assert config(committed / "fig3")["latent_frames"] == [9, 11, 13, 16]
+    assert "frames" not in config(committed / "fig3")
+    assert config(committed / "fig7").keys() >= {"frames"}
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
@@ -121,7 +181,7 @@ def test_resume_skips_what_is_done() -> None:
     before, home = file.read(), folder.parent.parent.parent
     file.path.write_bytes(file.path.read_bytes()[:-100])
     resume = f"resume={folder.relative_to(home)}"
-    done = tiny.command(home, str(tiny.EXPERIMENTS / "run.py"), *tiny.FIG3, "frames=[3,2,1]", resume)
+    done = tiny.command(home, str(tiny.EXPERIMENTS / "run.py"), *tiny.FIG3, "latent_frames=[3,2,1]", resume)
     assert done.returncode == 0, done.stderr
     found = file.read()
     assert found[:7] == before[:7]  # to the last digit of every time
@@ -131,19 +191,12 @@ def test_resume_skips_what_is_done() -> None:
 
 
 WRONG = """
-import microbench
-from microbench import validate
-
-
-def run(cfg, folder):
-    microbench._on_rank = on_rank
-    return microbench.run(cfg, folder)
+import sys
+from hcms.transport.layout import HeadExchange
+from hcms_lab.measure.measure import measure
 
 
 def on_rank(rank, job, ticks):
-    from hcms_lab.measure.measure import measure
-    from hcms.transport.layout import HeadExchange
-
     right = HeadExchange.receive_back
 
     def wrong(self, chunk, *own):
@@ -152,6 +205,14 @@ def on_rank(rank, job, ticks):
 
     HeadExchange.receive_back = wrong
     measure(rank, job, ticks.put)
+
+
+def main():
+    import run
+    import microbench
+
+    microbench._on_rank = on_rank
+    run.main(sys.argv[1:])
 """
 
 
@@ -159,8 +220,8 @@ def test_a_wrong_result_fails_the_run(tmp_path: Path) -> None:
     (tmp_path / "wrong.py").write_text(WRONG)
     done = tiny.command(
         tmp_path,
-        str(tiny.EXPERIMENTS / "run.py"),
-        *("+exp=fig3", *tiny.SETTINGS, "kind=wrong", "frames=1", "methods=[ulysses,hcms]", "cuts=[1-1]"),
+        *("-c", f"import sys; sys.path.append({str(tiny.EXPERIMENTS)!r}); import wrong; wrong.main()"),
+        *("+exp=fig3", *tiny.SETTINGS, "latent_frames=1", "methods=[ulysses,hcms]", "cuts=[1-1]"),
     )
     assert done.returncode == 1
     assert "error: a case failed or gave a wrong result" in done.stderr

@@ -73,13 +73,12 @@ def one_line(error: Exception, schema: type[BaseConfig]) -> str:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return f"{group}={choice}: choose one of {', '.join(error.options)}"
     text = f"{error}\n{error.__cause__ or ''}"
+    named = re.findall(r"^Could not override '(.+?)'", text)
     if re.search(r"Key '.*' (?:is )?not in ", text):
-        key = getattr(error.__cause__, "full_key", None) or getattr(error, "full_key", None)
-        if key or (match := re.search(r"full_key: (\S+)", text)):
-            return no_such_setting(key or match[1], schema)
+        named += re.findall(r"full_key: (\S+)", text)
+    if named:
+        return no_such_setting(max(named, key=len), schema)  # bench={a: 3} is about bench.a, gone.x=3 about gone.x
     first, *_ = str(error).splitlines() or [type(error).__name__]
-    if match := re.match(r"Could not override '(.+?)'", first):
-        return no_such_setting(match[1], schema)
     if first.startswith("Error merging override") and str(error.__cause__):
         return f"{first.removeprefix('Error merging override ')}: {str(error.__cause__).splitlines()[0]}"
     return " ".join(part.strip() for part in str(error).splitlines() if part.strip())

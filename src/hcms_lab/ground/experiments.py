@@ -54,13 +54,14 @@ def experiment(name: str, root: Path = ROOT) -> Experiment:
     shown = path.relative_to(root)
     try:
         declared: dict[str, Any] = yaml.safe_load(text)
+        defaults = [entry for entry in declared.get("defaults") or [] if isinstance(entry, dict)]
+        kinds = [entry["/kind"] for entry in defaults if "/kind" in entry]
+        if len(kinds) != 1:
+            raise UsageError(f"{shown}: its defaults must name one kind, as in `- /kind: microbench`")
         about = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(AboutConfig), declared.get("about") or {}))
     except (yaml.YAMLError, OmegaConfBaseException, AttributeError) as error:
         raise UsageError(f"{shown}: {' '.join(str(error).split())}") from None
     assert isinstance(about, AboutConfig)
-    kinds = [entry["/kind"] for entry in declared.get("defaults") or [] if isinstance(entry, dict) and "/kind" in entry]
-    if len(kinds) != 1:
-        raise UsageError(f"{shown}: its defaults must name one kind, as in `- /kind: microbench`")
     if about.axis not in AXES:
         raise UsageError(f"{shown}: about.axis={about.axis}: choose one of {', '.join(AXES)}")
     command = next((line[2:] for line in text.splitlines() if line.startswith(_COMMAND)), None)

@@ -23,6 +23,7 @@ from hcms_lab.measure.wan.build import text_encoder_on_meta, transformer_on_meta
 GIB = 2**30
 RESERVE = 1.0 * GIB  # CUDA's context, communicators, cuBLAS workspaces
 MAX_RANKS = 16
+DECODED_FRAMES = 31  # latent frames that are decoded on the meta device, 121 video frames; more would take long
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +134,15 @@ def _decode_bytes(vae: Any, clip: ClipShape, tiling: bool) -> float:
     if tiling and (height > vae.tile_sample_min_height or width > vae.tile_sample_min_width):
         decoded = 2 * 3 * clip.frames * height * width * 4
         height, width = min(height, vae.tile_sample_min_height), min(width, vae.tile_sample_min_width)
-    latents = torch.empty(
-        1, int(vae.config.z_dim), clip.latent_frames, height // s.spatial, width // s.spatial, device="meta"
-    )
+    # Latent frames are decoded one by one: each adds itself and its pixels, twice while joined to those before.
+    counted = min(clip.latent_frames, DECODED_FRAMES)
+    values_a_pixel = 3 * s.temporal + int(vae.config.z_dim) / s.spatial**2
+    a_frame = 2 * 4 * clip.height * clip.width * values_a_pixel
+    latents = torch.empty(1, int(vae.config.z_dim), counted, height // s.spatial, width // s.spatial, device="meta")
     peak = Peak()
     with torch.no_grad(), peak:
         vae.decode(latents)
-    return peak.bytes + latents.nbytes + decoded
+    return peak.bytes + latents.nbytes + decoded + (clip.latent_frames - counted) * a_frame
 
 
 class Peak(TorchDispatchMode):
