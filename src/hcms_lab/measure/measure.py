@@ -22,12 +22,12 @@ from hcms_lab.measure.cases import Case, Point
 from hcms_lab.measure.contestant import AttentionAlone, contestant
 from hcms_lab.measure.inputs import SETS, Reference, World, reference
 from hcms_lab.measure.job import SUSTAINED, Job
-from hcms_lab.measure.launch import Rank
+from hcms_lab.measure.launch import Rank, together
 from hcms_lab.measure.link import settle
 from hcms_lab.measure.memory import peak_bytes
 from hcms_lab.measure.recording import Timed, recorded, refused
 from hcms_lab.measure.sensors import Sensors
-from hcms_lab.measure.timing import Sample, block, calls_a_block, gathered, single, timed_call
+from hcms_lab.measure.timing import Sample, block, calls_a_block, single, timed_call
 from hcms_lab.measure.wire import Wire, wire
 
 ULYSSES = Case("ulysses", None)
@@ -121,6 +121,7 @@ class _Bench:
     def warm_up(self, t: Timed, profile: Profile | None) -> None:
         """Construct and warm up a contestant; if it fails on any rank, all ranks leave it out."""
         job, point = self.job, self.world.point
+        failure: BaseException | None = None
         try:
             if t.case.method == "ceiling" and self.on_gpu:
                 t.entrant = AttentionAlone(kernel(point.kernel))
@@ -142,12 +143,11 @@ class _Bench:
                 t.calls = calls_a_block(self.rank, partial(t.entrant, **x), job.block_ms)
         except (ValueError, RuntimeError, ImportError) as error:
             traceback.print_exc()
-            t.status = "out-of-memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
-            t.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        failures = [x for x in gathered(self.rank, (t.status, t.error)) if x[1] is not None]
-        if failures:
-            t.status, t.error = failures[0]
-            t.entrant = None
+            failure = error
+        said = [line for line in together(self.rank, failure) if line is not None]
+        if said:
+            t.status = "out-of-memory" if said[0].startswith(torch.OutOfMemoryError.__name__) else "failed"
+            t.error, t.entrant = said[0], None
 
     def round(self, t: Timed, which: int) -> None:
         """One round of a contestant, whose output is checked."""
