@@ -19,7 +19,8 @@ from hcms.schedule.profile import Profile, fit
 from hcms.schedule.schedule import COMM, serial
 from hcms.transport.layout import HeadExchange, LayerShape
 
-_ROUNDS, _REPEATS = 2, 2
+_ROUNDS, _REPEATS = {"cpu": 2, "cuda": 1}, 2
+_AHEAD_CYCLES = 3_000_000  # of a GPU, a millisecond or two
 _CHUNKS_OF_HEADS = (1, 2, 3, 5, 10)
 
 
@@ -42,7 +43,7 @@ def calibrate(
     P, M = measuring.ranks, shape.heads // measuring.ranks
     sizes = sorted({h for h in _CHUNKS_OF_HEADS if h < M} | {M})
     # In rounds, so that a disturbance of a second or two spoils one round of a size and not all that is known of it.
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS[device.type]):
         for m in sizes:
             _measure_chunk(measuring, shape, m, dtype, kernel, heads_first, smallest=m == sizes[0], whole=m == M)
         if P > 1 and kernel.gives_lse:
@@ -94,6 +95,7 @@ class _Measuring:
         self.synchronize()
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(_AHEAD_CYCLES)  # what the host needs to issue a call is measured by itself
             begin.record()
             call()
             end.record()

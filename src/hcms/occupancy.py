@@ -55,13 +55,14 @@ def occupancy(
     qkv = [x.clone() for x in qkv]
     side = side_stream(measuring.device, COMM)
 
-    def under_attention_ms(work: Callable[[], object]) -> float:
+    def took_ms(work: Callable[[], object], *, beside: bool) -> float:
         measuring.rewind()
         measuring.synchronize()
         dist.barrier(measuring.group)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        kernel.attend(*qkv)
-        time.sleep(_INTO * attend_ms / 1e3)
+        if beside:
+            kernel.attend(*qkv)
+            time.sleep(_INTO * attend_ms / 1e3)
         with torch.cuda.stream(side):
             begin.record()
             work()
@@ -69,14 +70,16 @@ def occupancy(
         measuring.synchronize()
         return begin.elapsed_time(end)
 
-    def usual_ms(work: Callable[[], object]) -> float:
-        return median_low([under_attention_ms(work) for _ in range(_REPEATS)])
+    def held_up(work: Callable[[], object]) -> bool:
+        """Whether it took longer beside attention than alone by most of the attention that was left."""
+        took_ms(work, beside=False)
+        longer_ms = [took_ms(work, beside=True) - took_ms(work, beside=False) for _ in range(_REPEATS)]
+        return median_low(longer_ms) > _BLOCKED * (1 - _INTO) * attend_ms
 
-    left_ms = (1 - _INTO) * attend_ms
     return {
         "op": "occupancy",
-        "holds_sms": usual_ms(lambda: exchange.pack(0, "qkv")) > _BLOCKED * left_ms,
-        "wire_needs_sms": usual_ms(lambda: exchange.exchange(0, "qkv", measuring.group, False)) > _BLOCKED * left_ms,
+        "holds_sms": held_up(lambda: exchange.pack(0, "qkv")),
+        "wire_needs_sms": held_up(lambda: exchange.exchange(0, "qkv", measuring.group, False)),
         "fill_speedup": _fill_speedup(measuring, kernel, qkv),
     }
 

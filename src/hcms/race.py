@@ -13,8 +13,9 @@ import torch.distributed as dist
 from hcms.schedule.plan import Plan
 from hcms.shortlist import BASELINES
 
-ROUNDS = 5
-_CALLS, _TIMED = 6, 4  # back to back in a round, of which the last are timed: a graph is loaded by its first
+ROUNDS = 3
+_ROUND_MS = 120.0  # back-to-back calls of a plan; the first half is not timed: a graph's first replays load it
+_FEWEST, _MOST = 4, 24
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,26 @@ def race(
         prepare: what the link asks for before a plan's calls of a round.
     """
     times_ms: dict[Plan, list[float]] = {plan: [] for plan, _ in calls}
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    calls[0][1]()
+    end.record()
+    end.synchronize()
+    slowest_ms = max(everyones(begin.elapsed_time(end), group))
+    count = min(_MOST, max(_FEWEST, round(_ROUND_MS / max(slowest_ms, 1e-3))))
     for turn in range(ROUNDS):
         for k in range(len(calls)):
             plan, call = calls[(turn + k) % len(calls)]
             prepare(plan)
             torch.cuda.synchronize()
             dist.barrier(group)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            for i in range(_CALLS):
-                if i == _CALLS - _TIMED:
+            for i in range(count):
+                if i == count // 2:
                     begin.record()
                 call()
             end.record()
             end.synchronize()
-            times_ms[plan].append(begin.elapsed_time(end) / _TIMED)
+            times_ms[plan].append(begin.elapsed_time(end) / (count - count // 2))
     by_rank: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(by_rank, list(times_ms.values()), group=group)
     slowest = {plan: [max(r[i][turn] for r in by_rank) for turn in range(ROUNDS)] for i, plan in enumerate(times_ms)}
