@@ -19,7 +19,7 @@ EXPERIMENTS = sorted((tiny.EXPERIMENTS.parent / "conf" / "exp").glob("*.yaml"))
 TEXTS = {path.stem: path.read_text() for path in EXPERIMENTS}
 
 # Five heads a rank, so that an experiment's own cuts fit; a layer that takes some milliseconds.
-LAYER = ("workload.heads=10", "workload.head_dim=16", "workload.tokens_per_frame=120", "bench.iterations=3")
+LAYER = ("workload.heads=10", "workload.head_dim=32", "workload.tokens_per_frame=120", "bench.iterations=3")
 ON_TWO_RANKS = ("device=cpu", "ranks=2", "bench.warmup=1", "wandb.mode=disabled")
 CLIP = ("frames=[5]", "height=32", "width=48", "link.gbps=1", "bench.iterations=2")
 BY_KIND: dict[str, tuple[str, ...]] = {
@@ -30,6 +30,7 @@ BY_KIND: dict[str, tuple[str, ...]] = {
     "wan": (*ON_TWO_RANKS, *CLIP),
     "hardware_types": ("wandb.mode=disabled",),
     "wan_predict": ("gpu=l40s", "ranks=4", "frames=33", "wandb.mode=disabled"),
+    "soak": ("device=cpu", "ranks=2", "bench.minutes=0.1", "wandb.mode=disabled"),
     "advise": ("gpu=l40s",),
     "claims": (),
 }
@@ -51,9 +52,8 @@ def overrides(name: str) -> list[str]:
     chosen.append(f"{lengths}={'[2,4]' if as_set.startswith('[') else 4}")
     if set_to(name, "ratio_at")[1].isdecimal():
         chosen.append("link.ratio_at=4")
-    if not set_to(name, "gbps")[1]:
-        # Of a short sequence a busy host's own exchange takes a large share: lower ratios may be out of reach.
-        chosen.append(f"link.ratio={'[lowest,0.8]' if set_to(name, 'ratio')[1].startswith('[') else 0.8}")
+    # Where ratios are swept, two that every host can reach: its own exchange takes much of a short sequence's time.
+    chosen.append("link.ratio=[lowest,0.95]" if set_to(name, "ratio")[1].startswith("[") else "link.gbps=0.1")
     return chosen
 
 
