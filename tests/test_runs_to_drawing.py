@@ -49,11 +49,12 @@ def overrides(name: str) -> list[str]:
     if kind not in ("microbench", "calibrate"):
         return chosen
     lengths, as_set = set_to(name, "latent_frames", "frames")
-    chosen.append(f"{lengths}={'[2,4]' if as_set.startswith('[') else 4}")
+    chosen.append(f"{lengths}={'[2,4]' if as_set.startswith('[') else min(4, int(as_set.split()[0]))}")
     if set_to(name, "ratio_at")[1].isdecimal():
         chosen.append("link.ratio_at=4")
     # Where ratios are swept, two that every host can reach: its own exchange takes much of a short sequence's time.
-    chosen.append("link.ratio=[lowest,0.95]" if set_to(name, "ratio")[1].startswith("[") else "link.gbps=0.1")
+    if not set_to(name, "gbps")[1]:
+        chosen.append("link.ratio=[lowest,0.95]" if set_to(name, "ratio")[1].startswith("[") else "link.gbps=0.1")
     return chosen
 
 
