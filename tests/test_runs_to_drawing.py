@@ -60,7 +60,7 @@ def overrides(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_an_experiment_runs_to_its_drawing(name: str, tmp_path: Path) -> None:
-    done = tiny.command(tmp_path, str(tiny.EXPERIMENTS / "run.py"), *overrides(name), limit_s=220)
+    done = tiny.command(tmp_path, str(tiny.EXPERIMENTS / "run.py"), *overrides(name))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert "Traceback" not in done.stderr
     folder = tmp_path / "outputs" / name / "latest"
