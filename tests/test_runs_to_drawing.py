@@ -30,7 +30,6 @@ BY_KIND: dict[str, tuple[str, ...]] = {
     "wan": (*ON_TWO_RANKS, *CLIP),
     "hardware_types": ("wandb.mode=disabled",),
     "wan_predict": ("gpu=l40s", "ranks=4", "frames=33", "wandb.mode=disabled"),
-    "soak": ("device=cpu", "ranks=2", "minutes=0.1", "wandb.mode=disabled"),
     "advise": ("gpu=l40s",),
     "claims": (),
 }
