@@ -15,7 +15,7 @@ import hcms
 from hcms_lab.ground.model_config import ModelConfig
 from ranks import Place
 
-diffusers = pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[wan]'")
+diffusers = pytest.importorskip("diffusers", reason="needs the extra: pip install -e '.[diffusers]'")
 
 SIZE = {"height": 32, "width": 48, "num_frames": 9}  # 3 x 4 x 6 = 72 tokens
 

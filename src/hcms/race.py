@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from hcms.objects import everyones, firsts
 from hcms.schedule.plan import Plan
 from hcms.shortlist import BASELINES
 
@@ -59,12 +59,9 @@ def race(
             end.record()
             end.synchronize()
             times_ms[plan].append(begin.elapsed_time(end) / (count - count // 2))
-    by_rank: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(by_rank, list(times_ms.values()), group=group)
+    by_rank = everyones(list(times_ms.values()), group)
     slowest = {plan: [max(r[i][turn] for r in by_rank) for turn in range(ROUNDS)] for i, plan in enumerate(times_ms)}
-    decision = [decide(slowest)]
-    dist.broadcast_object_list(decision, src=dist.get_global_rank(group, 0), group=group)
-    return decision[0]
+    return firsts(decide(slowest), group)
 
 
 def decide(times_ms: dict[Plan, list[float]]) -> Raced:
