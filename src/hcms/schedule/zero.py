@@ -63,8 +63,7 @@ def zero(
             return
         kv = add(Op("exchange", chunk, COMM, after, "kv"))
         for i in range(n):
-            # Its lane's order brings K and V before it, and packing before those.
-            arrived[chunk, i] = (kv, add(Op("exchange", chunk, COMM, (kv,), "q", (i, n))))
+            arrived[chunk, i] = (kv, add(Op("exchange", chunk, COMM, after, "q", (i, n))))
 
     def attend(chunk: int) -> None:
         for i in range(parts[chunk]):
