@@ -62,7 +62,8 @@ def faulty(folder: Path, mark: str, fault: str, *settings: str, **variables: str
 
 
 def run_folder(folder: Path) -> Path:
-    (found,) = (folder / "outputs" / "fig3").iterdir()  # and no `latest`: that is the newest whole run
+    found, unfinished = sorted((folder / "outputs" / "fig3").iterdir())  # and no `latest`: the newest whole run
+    assert (unfinished.name, unfinished.resolve()) == ("unfinished", found)
     return found
 
 
