@@ -1,4 +1,4 @@
-"""T0. One command line: every command has a line, a help of its own and a target; old paths say where they went."""
+"""One command line: every command has a line, a help of its own and a target; old paths say where they went."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 from hcms_lab import commands
 from hcms_lab.cli import COMMANDS, main
 from hcms_lab.ground.paths import ROOT
+
+pytestmark = pytest.mark.t0
 
 MOVED = ("compare", "contribute", "dashboard")  # paths in experiments/ that the README ever gave
 

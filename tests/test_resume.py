@@ -1,4 +1,4 @@
-"""T0, T1. A run that was killed goes on as itself, and no case is lost or doubled, whenever it was killed."""
+"""A run that was killed goes on as itself, and no case is lost or doubled, whenever it was killed."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from hcms_lab.ground.load import environment as read_environment
 from hcms_lab.ground.records import Record, RecordFile, case_of
 from hcms_lab.resume import add_wall, check_resume, facts_of, settings_text, with_segment
 from hcms_lab.run import _alone, _link
+
+pytestmark = pytest.mark.t1
 
 LINES = ("latent_frames=[4,3,2,1]", "methods=[ulysses,ulysses-packed,hcms]", "cuts=[even:2]")
 # What a time makes of a record; all else is the same however often a run was cut off.
