@@ -221,7 +221,7 @@ class RecordFile:
             self._earlier = {case_of(row) for row in self.read()}
         again = {case: i for i, row in enumerate(rows) if (case := case_of(row)) in self._earlier}
         if not again and len(before) == (self.path.stat().st_size if self.path.exists() else 0):
-            with self.path.open("ab", buffering=0) as file:
+            with self.path.open("ab") as file:  # buffered: a raw write of a full disk may be short without an error
                 file.write(b"".join(texts.values()))
             return
         lines: list[bytes] = []
