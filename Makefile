@@ -21,10 +21,11 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 endif
 endif
 
+LAB = $(PY) -m hcms_lab
 NBCONVERT := -m nbconvert --log-level=WARN --to notebook --execute --output-dir outputs/notebooks
 
-.PHONY: help setup fig3 test lint types notebooks-check check format notebooks reproduce readme readme-check sync site \
-	gpu-one gpu-four soak clean
+.PHONY: help setup fig3 test lint types notebooks-check check format notebooks reproduce readme readme-check sync page \
+	contribute compare claims dashboard notebook-files gpu-one gpu-four soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -67,25 +68,40 @@ notebooks: $(SETUP) ## redraw every figure from the newest records
 	$(PY) $(NBCONVERT) notebooks/*.ipynb
 
 reproduce: $(SETUP) ## every figure and table, one after the other
-	$(PY) experiments/reproduce.py $(ARGS)
+	$(LAB) reproduce $(ARGS)
 
 readme: $(SETUP) ## write the results into README.md
-	$(PY) experiments/readme.py
+	$(LAB) readme
 
 readme-check: $(SETUP) ## fail where README.md is not what `make readme` would write
-	$(PY) experiments/readme.py --check
+	$(LAB) readme --check
 
 sync: $(SETUP) ## send offline W&B runs to the server
-	$(PY) experiments/sync.py $(ARGS)
+	$(LAB) sync $(ARGS)
 
-site: $(SETUP) ## build the static results page
-	$(PY) experiments/site.py $(ARGS)
+page: $(SETUP) ## build the static results page
+	$(LAB) page $(ARGS)
+
+contribute: $(SETUP) ## place a run among the committed records (ARGS=outputs/fig3/latest)
+	$(LAB) contribute $(ARGS)
+
+compare: $(SETUP) ## runs of one experiment side by side (ARGS=fig3)
+	$(LAB) compare $(ARGS)
+
+claims: $(SETUP) ## the claims against the committed records, or against this machine's runs (ARGS=--own)
+	$(LAB) claims $(ARGS)
+
+dashboard: $(SETUP) ## build the W&B workspace and report (ARGS="entity=NAME project=NAME")
+	$(LAB) dashboard $(ARGS)
+
+notebook-files: $(SETUP) ## write the notebooks from their template
+	$(LAB) notebooks $(ARGS)
 
 gpu-one: $(SETUP) ## what one GPU can measure
-	$(PY) experiments/gpu_one.py $(ARGS)
+	$(LAB) gpu-one $(ARGS)
 
 gpu-four: $(SETUP) ## what two to eight GPUs can measure
-	$(PY) experiments/gpu_four.py $(ARGS)
+	$(LAB) gpu-four $(ARGS)
 
 soak: $(SETUP) ## 30 minutes of the same cases: nothing grows, no result changes (ARGS="minutes=2")
 	$(PY) experiments/run.py +exp=soak $(ARGS)

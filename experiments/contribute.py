@@ -1,53 +1,6 @@
-"""Check a run and place it among the committed reference runs, so that others can compare with your hardware.
+"""Moved: `hcms-lab contribute` does this now. The README once gave this path, so it says so."""
 
-    python experiments/contribute.py outputs/fig3/latest            # check, then copy
-    python experiments/contribute.py outputs/fig3/latest --check    # check only
-    python experiments/contribute.py outputs/fig3/latest --replace  # instead of an earlier run of this hardware
-    python experiments/contribute.py outputs/fig3/latest --variant p2p-off   # beside it, under <hardware>-p2p-off
-
-A run passes if it is complete and every case is ok, its code is that of a commit, its environment is there, and
-nothing in it tells a secret, a user, a host or an absolute path. Exit status 1 where it does not pass, a line a reason.
-"""
-
-from __future__ import annotations
-
-import argparse
-import os
 import sys
-from pathlib import Path
 
-from hcms_lab.ground.errors import UsageError
-from hcms_lab.ground.load import records
-from hcms_lab.report.contribute import place, problems
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a run's folder, such as outputs/fig3/latest")
-    parser.add_argument("--check", action="store_true", help="check only, copy nothing")
-    parser.add_argument("--replace", action="store_true", help="replace an earlier run of this experiment and hardware")
-    parser.add_argument("--variant", help="what sets this run apart from others of the same hardware, such as p2p-off")
-    arguments = parser.parse_args(argv)
-    if not arguments.folder.is_dir():
-        print(f"error: {arguments.folder} is no folder: give a run's, such as outputs/fig3/latest", file=sys.stderr)
-        return 2
-    folder = arguments.folder.resolve()
-    found = problems(folder)
-    for line in found:
-        print(f"not fit to publish: {line}", file=sys.stderr)
-    if found:
-        return 1
-    if arguments.check:
-        print(f"fit to publish: {len(records(folder))} records")
-        return 0
-    try:
-        target = place(folder, variant=arguments.variant, replace=arguments.replace)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {os.path.relpath(target)}\nnext: make readme, then commit both and open a pull request")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+print("error: experiments/contribute.py has moved; now:", "hcms-lab contribute", *sys.argv[1:], file=sys.stderr)
+sys.exit(2)

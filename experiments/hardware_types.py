@@ -19,6 +19,7 @@ from hcms_lab.ground.config import BaseConfig, WorkloadConfig
 from hcms_lab.ground.layers import check_priced
 from hcms_lab.ground.records import Record, RecordFile
 
+SOURCE = "predicted"  # what the W&B run is called; the measured lines beside are other runs'
 MEASURED_IN = ("fig3", "fig4")  # the experiments that tell a hardware's gain over lengths and ranks
 
 
@@ -53,7 +54,6 @@ def validate(cfg: Settings) -> None:
 def run(cfg: Settings, folder: Path) -> bool:
     """Write a record a GPU, length and method, copy the measured ones, and print a table."""
     file = RecordFile(folder / "records.jsonl")
-    file.path.unlink(missing_ok=True)  # a prediction has nothing to resume
     shown = Table(title=f"{cfg.name}: predicted gain of HCMS over the faster Ulysses", caption="interval in brackets")
     for column in ("GPU", "link", "kernel"):
         shown.add_column(column)
@@ -67,9 +67,7 @@ def run(cfg: Settings, folder: Path) -> bool:
                 file.append(_records(cfg, advice))
             if told:
                 shown.add_row(gpu.name, link, gpu.kernel, *map(_words, told))
-    with file.path.open("a") as lines:
-        for line in measured_lines(cfg.name):
-            lines.write(json.dumps(line, allow_nan=False) + "\n")
+    file.append(measured_lines(cfg.name))
     Console().print(shown)
     return True
 

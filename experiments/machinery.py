@@ -35,7 +35,7 @@ class Settings(BaseConfig):
 def validate(cfg: Settings) -> None:
     """Refuse what the free link cannot carry."""
     if device_of(cfg) != "cpu":
-        raise UsageError("device=cuda: this measures the lanes on CPU; experiments/gpu_one.py measures those on a GPU")
+        raise UsageError("device=cuda: this measures the lanes on CPU; make gpu-one measures those on a GPU")
     whole("heads", cfg.heads, high=4096)
     check_rounds(cfg.bench)
     check_ranks(cfg.ranks)

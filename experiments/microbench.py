@@ -76,8 +76,6 @@ def run(cfg: Settings, folder: Path) -> bool:
     file = RecordFile(folder / "records.jsonl")
     found = file.read()
     todo = _without(grid(cfg), found)
-    again = {_key(point) for point in todo}
-    file.drop(lambda record: _key_of(record) in again)  # first: the W&B mirror reads the file from its first second on
 
     from hcms_lab.measure.job import Job
     from hcms_lab.measure.launch import launch

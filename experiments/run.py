@@ -27,9 +27,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from hcms.hardware import hardware, visible_gpus
+from hcms.hardware import visible_gpus
 from hcms_lab.ground import compose
-from hcms_lab.ground.checks import is_folder, one_of, plain_name
+from hcms_lab.ground.checks import one_of, plain_name
 from hcms_lab.ground.config import AXES, WANDB_MODES, BaseConfig
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.experiments import Experiment, experiment, experiments, names
@@ -148,9 +148,9 @@ def check(module: ModuleType, cfg: BaseConfig, exp: str) -> None:
     one_of("about.axis", cfg.about.axis, AXES)
     device_of(cfg)
     if cfg.resume is not None:
-        if not is_folder(cfg.resume) or not (Path(cfg.resume) / "records.jsonl").is_file():
-            raise UsageError(f"resume={cfg.resume}: no records.jsonl there; give the folder of an earlier run")
-        _check_same_run(cfg)
+        from hcms_lab.resume import check_resume
+
+        check_resume(cfg)
     module.validate(cfg)
     if not writes(module, cfg):
         return
@@ -165,21 +165,6 @@ def check(module: ModuleType, cfg: BaseConfig, exp: str) -> None:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"output={cfg.output}: no folder to write to ({why}); give one that can be made") from None
-
-
-def _check_same_run(cfg: BaseConfig) -> None:
-    """Refuse to go on in the folder of another experiment or other hardware, or among the committed records."""
-    from hcms_lab.ground.load import config, environment
-
-    folder = Path(str(cfg.resume))
-    if (ROOT / "paper_tables") in folder.resolve().parents:
-        raise UsageError(f"resume={cfg.resume}: committed records stay as they are; give a run's folder under outputs/")
-    theirs = config(folder).get("name", cfg.name)
-    if theirs != cfg.name:
-        raise UsageError(f"resume={cfg.resume}: that is a run of {theirs}, not of {cfg.name}; give +exp={theirs}")
-    slug, here = (environment(folder).get("hardware") or {}).get("slug"), hardware(device_of(cfg)).slug
-    if slug not in (None, here):
-        raise UsageError(f"resume={cfg.resume}: that run was made on {slug}, and this is {here}; start a new one")
 
 
 def with_gpus(overrides: list[str]) -> list[str]:
@@ -214,11 +199,21 @@ def hydra_run(cfg) -> None:
     if config.resume is not None:
         folder = Path(config.resume)
     try:
-        ok = run_recorded(module, config, folder)
+        ok = run_recorded(module, config, folder, own_settings(config))
     except UsageError as error:  # what only the ranks could tell
         refuse(error)
     if not ok:
         sys.exit(1)
+
+
+def own_settings(config: BaseConfig) -> Any:
+    """What the experiment asks for by itself on such a device, composed inside of a run of Hydra's."""
+    outer = GlobalHydra.instance().hydra
+    try:
+        exp = HydraConfig.get().runtime.choices["exp"]
+        return composed(with_gpus([f"+exp={exp}", f"device={config.device}"]))
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def follow(module: ModuleType, cfg: BaseConfig) -> None:
@@ -273,8 +268,9 @@ def main(argv: list[str]) -> None:
         follow(module, cfg)
         return
     GlobalHydra.instance().clear()
-    # A resumed run goes on in its own folder.
-    sys.argv[1:] = overrides if cfg.resume is None else [*overrides, f"hydra.run.dir='{cfg.resume}'"]
+    # A resumed run goes on in its own folder, which keeps the .hydra/ that it began with.
+    there = [] if cfg.resume is None else [f"hydra.run.dir='{cfg.resume}'", "hydra.output_subdir=null"]
+    sys.argv[1:] = [*overrides, *there]
     hydra_run()
 
 

@@ -104,8 +104,6 @@ def run(cfg: Settings, folder: Path | None) -> bool:
                 if not _recorded(file, point, clip):
                     todo.setdefault(ranks, []).append((point, clip))
     found = file.read()
-    again = {(p.ranks, p.link_ratio, clip.frames) for pairs in todo.values() for p, clip in pairs}
-    file.drop(lambda r: (r["world_size"], r["link_ratio"], r["num_frames"]) in again)
     ticks_a_point = (cfg.bench.iterations + 1) * len(cases_of(cfg, heads, ranks_of(cfg)))
     with progress(sum(map(len, todo.values())) * ticks_a_point, cfg.name) as (ticks, show):
         for ranks, pairs in todo.items():

@@ -22,6 +22,7 @@ from hcms_lab.ground.model_config import ClipConfig, ModelConfig, chosen_model, 
 from hcms_lab.ground.records import RecordFile
 from hcms_lab.measure.wan.predict import ASSUMED, ClipPrediction, predict_clip, weights_gb
 
+SOURCE = "predicted"  # what the W&B run is called
 METHODS = ("ulysses", "ulysses-packed", "hcms", "ring")
 
 
@@ -55,7 +56,6 @@ def run(cfg: Settings, folder: Path) -> bool:
     """Predict, record and print every GPU and link at every rank count and length."""
     model = chosen_model(cfg)
     file = RecordFile(folder / "records.jsonl")
-    file.path.unlink(missing_ok=True)  # a prediction has nothing to resume
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from hcms_lab.cli import main
 from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.load import environment
 from hcms_lab.report.compare import compare, find, load
-from made_runs import make_repository, make_run, script
+from made_runs import make_repository, make_run
 
 pytestmark = pytest.mark.t0
-
-main = script("compare").main
 
 
 def test_second_machine_stands_beside_the_first(tmp_path: Path) -> None:
@@ -115,6 +116,21 @@ def test_wrong_cases_are_left_out_and_said(tmp_path: Path) -> None:
     assert row["Gpu X"].isna().all()
 
 
+def test_nothing_in_common_is_said_first(tmp_path: Path) -> None:
+    one = make_run(tmp_path, slug="cpu-one", committed=True)
+    two = make_run(tmp_path, slug="cpu-two", committed=True, frames=(11,))
+    assert compare(load([one, two])).notes[0].startswith("no case in common: ")
+    three = make_run(tmp_path, slug="cpu-three", committed=True, frames=(9,))
+    assert not any("no case in common" in note for note in compare(load([one, three])).notes)
+
+
+def test_a_reduced_run_is_named(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, slug="cpu-b", stamp="b")
+    (folder / "env.json").write_text(json.dumps({**environment(folder), "reduced": "3 of 10 rounds"}))
+    notes = compare(load([make_run(tmp_path), folder])).notes
+    assert [note for note in notes if "reduced" in note] == ["Cpu B is a reduced run: 3 of 10 rounds"]
+
+
 def test_refused(tmp_path: Path) -> None:
     one, two = make_run(tmp_path), make_run(tmp_path, "fig5", slug="cpu-b")
     with pytest.raises(UsageError, match="different experiments are not compared: Cpu Made Up is fig3, Cpu B is fig5"):
@@ -128,11 +144,11 @@ def test_refused(tmp_path: Path) -> None:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = make_run(tmp_path, stamp="a"), make_run(tmp_path, slug="gpu-x", stamp="b")
     out = tmp_path / "out"
-    assert main([str(one), str(two), "--out", str(out)]) == 0
+    assert main(["compare", str(one), str(two), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "142.22 ms (×1.20)" in shown
     assert {path.suffix for path in out.iterdir()} == {".md", ".tex", ".csv", ".pdf", ".png"}
     (two / "records.jsonl").write_text((two / "records.jsonl").read_text().replace('"schema": 1', '"schema": 7'))
-    assert main([str(one), str(two), "--out", str(out)]) == 2
+    assert main(["compare", str(one), str(two), "--out", str(out)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "schema 7" in line

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
+import random
+import shutil
+import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hcms_lab.cli import main
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.load import hardware_name, records
 from hcms_lab.report import contribute
 from hcms_lab.report.contribute import place, problems
-from made_runs import make_run, script
+from made_runs import make_run
 
 pytestmark = pytest.mark.t0
-
-main = script("contribute").main
 
 
 def change_env(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -32,6 +36,10 @@ def change_records(folder: Path, change: Callable[[list[dict[str, Any]]], None])
     rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     change(rows)
     (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_whole_run_is_placed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +55,7 @@ def test_whole_run_is_placed_once(tmp_path: Path, capsys: pytest.CaptureFixture[
         place(folder, tmp_path)
     change_env(folder, lambda env: env.update(started="later"))
     assert json.loads((place(folder, tmp_path, replace=True) / "env.json").read_text())["started"] == "later"
-    assert main([str(folder), "--check"]) == 0
+    assert main(["contribute", str(folder), "--check"]) == 0
     assert "fit to publish: 12 records" in capsys.readouterr().out
 
 
@@ -60,6 +68,103 @@ def test_variant_of_one_machine_has_its_own_place_and_name(tmp_path: Path) -> No
     assert hardware_name(folder) == "Cpu Made Up"
     with pytest.raises(UsageError, match="--variant a/b"):
         place(folder, tmp_path, variant="a/b")
+
+
+def test_a_run_that_is_smaller_is_a_variant(tmp_path: Path) -> None:
+    make_run(tmp_path, committed=True, cuts=("1-3-1", "2-3"))
+    target = tmp_path / "paper_tables" / "records" / "cpu-made-up" / "fig3"
+    before = files_of(target)
+    for changes, less in (({}, "12 of 16 cases"), ({"cuts": ("1-3-1", "2-3"), "n": 3}, "3 of 9 rounds")):
+        smaller = make_run(tmp_path, stamp=less.replace(" ", "-"), **changes)
+        with pytest.raises(UsageError, match=rf"has more \({less}\): --variant NAME"):
+            place(smaller, tmp_path, replace=True)
+        assert files_of(target) == before
+    assert place(smaller, tmp_path, variant="three-rounds").parent.name == "cpu-made-up-three-rounds"
+
+    shutil.rmtree(target)
+    change_env(smaller, lambda env: env.update(reduced="3 of 10 rounds"))
+    with pytest.raises(UsageError, match=r"a reduced run \(3 of 10 rounds\): --variant NAME"):
+        place(smaller, tmp_path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("name", ["..", "../..", "/tmp/elsewhere", ".", ""])
+def test_names_in_records_lead_nowhere_else(tmp_path: Path, name: str) -> None:
+    other = make_run(tmp_path, "fig5", committed=True)
+    make_run(tmp_path, committed=True)
+    before = files_of(tmp_path / "paper_tables")
+    folder = make_run(tmp_path, stamp="planted")
+    change_records(folder, lambda rows: rows[0].update(exp=name))
+    with pytest.raises(UsageError, match=r"exp is .*, and should be a plain name"):
+        place(folder, tmp_path, replace=True)
+    folder = make_run(tmp_path, stamp="planted-slug")
+    change_env(folder, lambda env: env["hardware"].update(slug=name))
+    with pytest.raises(UsageError, match=r"hardware\.slug"):
+        place(folder, tmp_path, replace=True)
+    with pytest.raises(UsageError, match="--variant"):
+        place(make_run(tmp_path, stamp="c"), tmp_path, variant=name, replace=True)
+    assert files_of(tmp_path / "paper_tables") == before
+    assert other.is_dir()
+
+
+def test_links_do_not_carry_files_in_or_records_out(tmp_path: Path) -> None:
+    secret = tmp_path / "elsewhere.json"
+    secret.write_text("{}")
+    folder = make_run(tmp_path)
+    (folder / "traces" / "more.json").symlink_to(secret)
+    assert "traces/more.json is a link: put the file itself there" in problems(folder)
+    (folder / "traces" / "more.json").unlink()
+    (tmp_path / "paper_tables" / "records").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "paper_tables" / "records" / "cpu-made-up").symlink_to(tmp_path / "outside")
+    with pytest.raises(UsageError, match="leads out of"):
+        place(folder, tmp_path)
+    assert not list((tmp_path / "outside").iterdir())
+    with pytest.raises(UsageError, match="is among the committed records already"):
+        place(make_run(tmp_path, slug="cpu-b", committed=True), tmp_path, replace=True)
+
+
+def placed_and_killed(folder: Path, root: Path, after_s: float) -> None:
+    """`place` in a process of its own, which gets SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        try:
+            place(folder, root, replace=True)
+        finally:
+            os._exit(0)
+    time.sleep(after_s)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_replace_that_is_killed_leaves_the_old_run_or_the_new(tmp_path: Path) -> None:
+    target = make_run(tmp_path, committed=True)
+    runs = [make_run(tmp_path, stamp="a"), make_run(tmp_path, stamp="b", seed=1)]
+    for run in runs:  # enough to copy for a kill to meet
+        for i in range(200):
+            (run / "traces" / f"{i}.json").write_text(json.dumps({"run": run.name}))
+    whole = [files_of(target), *map(files_of, runs)]
+    began_s = time.perf_counter()
+    place(runs[1], tmp_path, replace=True)
+    takes_s = time.perf_counter() - began_s
+    draw = random.Random(0)
+    for number in range(30):
+        placed_and_killed(runs[number % 2], tmp_path, draw.uniform(0.3, 1.1) * takes_s)
+        staged = [files_of(path) for path in (tmp_path / "paper_tables").glob("contributing/*.old")]
+        assert (files_of(target) if target.exists() else staged[0]) in whole
+    place(runs[0], tmp_path, replace=True)
+    assert files_of(target) == whole[1]
+    assert [path.name for path in (tmp_path / "paper_tables").iterdir()] == ["records"]
+
+
+def test_what_a_killed_replace_took_away_comes_back(tmp_path: Path) -> None:
+    target = make_run(tmp_path, committed=True)
+    before, staging = files_of(target), tmp_path / "paper_tables" / "contributing"
+    staging.mkdir()
+    target.rename(staging / "cpu-made-up.fig3.old")
+    place(make_run(tmp_path, slug="cpu-b"), tmp_path)
+    assert files_of(target) == before
 
 
 def drop_ring_once(rows: list[dict[str, Any]]) -> None:
@@ -145,11 +250,11 @@ def test_what_is_missing_or_too_large(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_command_says_each_reason_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "nowhere")]) == 2
+    assert main(["contribute", str(tmp_path / "nowhere")]) == 2
     folder = make_run(tmp_path)
     change_env(folder, lambda env: env.update(dirty=True, commit="abc"))
     capsys.readouterr()
-    assert main([str(folder)]) == 1
+    assert main(["contribute", str(folder)]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("not fit to publish: ") for line in lines)

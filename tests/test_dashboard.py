@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
+from hcms_lab.cli import main
 from hcms_lab.ground.experiments import axis
 from hcms_lab.report import dashboard
-from made_runs import make_repository, script
+from made_runs import make_repository
 
 pytestmark = pytest.mark.t0
 
 pytest.importorskip("wandb_workspaces", reason="the dashboard extra is not installed")
 
 GOLDEN = Path(__file__).parent / "golden" / "dashboard.json"
-SCRIPT = Path(__file__).parent.parent / "experiments" / "dashboard.py"
 
 
 def without_ids(value: Any) -> Any:
@@ -35,7 +35,7 @@ def without_ids(value: Any) -> Any:
 
 
 def dry_run(root: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    script("dashboard").main(["entity=someone", "project=hcms", "--dry-run", "--root", str(root)])
+    assert main(["dashboard", "entity=someone", "project=hcms", "--dry-run", "--root", str(root)]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -83,7 +83,7 @@ def test_panels_read_what_the_mirror_logs(tmp_path: Path, capsys: pytest.Capture
         (
             ["entity=someone"],
             {},
-            "no W&B key: run `wandb login`, or set WANDB_API_KEY; python experiments/dashboard.py",
+            "no W&B key: run `wandb login`, or set WANDB_API_KEY; hcms-lab dashboard",
         ),
         (["entity=someone"], {"WANDB_API_KEY": "0" * 40}, "Connection refused"),
         (["entiti=someone"], {}, "Options: entity, project, name."),
@@ -92,7 +92,7 @@ def test_panels_read_what_the_mirror_logs(tmp_path: Path, capsys: pytest.Capture
 def test_refused_in_one_line(tmp_path: Path, arguments: list[str], variables: dict[str, str], reason: str) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environ |= {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, SCRIPT, *arguments]
+    command = [sys.executable, "-m", "hcms_lab", "dashboard", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ | variables)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

@@ -16,7 +16,7 @@ import tiny
 from hcms_lab.ground.config import BaseConfig
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.experiments import experiment, experiments
-from hcms_lab.ground.load import config
+from hcms_lab.ground.load import config, environment
 from hcms_lab.ground.records import RecordFile
 
 pytestmark = pytest.mark.t3
@@ -158,7 +158,7 @@ def test_a_runs_folder_explains_it() -> None:
 
 
 def test_its_records() -> None:
-    found = [r for r in _records(tiny.run()[0]) if r["frames"] != 2]  # which the test below adds
+    found = _records(tiny.run()[0])
     methods = ["ulysses", "ulysses-packed", "hcms-serial", "hcms", "hcms", "ring", "ceiling"]
     assert [(r["frames"], r["method"]) for r in found] == [(f, m) for f in (3, 1) for m in methods]
     for r in found:
@@ -175,19 +175,30 @@ def test_its_records() -> None:
 
 
 def test_resume_skips_what_is_done() -> None:
-    """A crash has cut the last line short: its point is measured again, a new one too, and the first is left alone."""
+    """A crash has cut the last line short: its point is measured again, and the other is left alone."""
     folder, _ = tiny.run()
     file = RecordFile(folder / "records.jsonl")
     before, home = file.read(), folder.parent.parent.parent
+    told = {name: (folder / name).read_bytes() for name in ("config.resolved.yaml", ".hydra/overrides.yaml")}
+    began_with = environment(folder)
     file.path.write_bytes(file.path.read_bytes()[:-100])
-    resume = f"resume={folder.relative_to(home)}"
-    done = tiny.command(home, str(tiny.EXPERIMENTS / "run.py"), *tiny.FIG3, "latent_frames=[3,2,1]", resume)
+    latest = (folder.parent / "latest").relative_to(home)
+    done = tiny.command(home, str(tiny.EXPERIMENTS / "run.py"), *tiny.FIG3, "latent_frames=[3,1]", f"resume={latest}")
     assert done.returncode == 0, done.stderr
     found = file.read()
     assert found[:7] == before[:7]  # to the last digit of every time
-    assert [r["frames"] for r in found] == [3] * 7 + [2] * 7 + [1] * 7
-    assert [r["method"] for r in found[14:]] == [r["method"] for r in before[7:]]
-    assert [p.name for p in folder.parent.iterdir() if p.is_dir() and not p.is_symlink()] == [folder.name]
+    assert [r["frames"] for r in found] == [3] * 7 + [1] * 7
+    assert [r["method"] for r in found[7:]] == [r["method"] for r in before[7:]]
+    assert found[13]["times_ms"] != before[13]["times_ms"]
+    assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name, "latest"]
+    assert (folder.parent / "latest").readlink() == Path(folder.name), "and not to itself"
+    assert {name: (folder / name).read_bytes() for name in told} == told
+    env = environment(folder)
+    first, second = env["segments"]
+    assert first == began_with
+    assert {**env, "segments": 0, "wall_s": 0} == {**began_with, "segments": 0, "wall_s": 0}
+    assert second["started"] > first["started"]
+    assert env["wall_s"] == pytest.approx(first["wall_s"] + second["wall_s"])
 
 
 WRONG = """

@@ -62,7 +62,8 @@ def faulty(folder: Path, mark: str, fault: str, *settings: str, **variables: str
 
 
 def run_folder(folder: Path) -> Path:
-    (found,) = (folder / "outputs" / "fig3").iterdir()  # and no `latest`: that is the newest whole run
+    found, unfinished = sorted((folder / "outputs" / "fig3").iterdir())  # and no `latest`: the newest whole run
+    assert (unfinished.name, unfinished.resolve()) == ("unfinished", found)
     return found
 
 
@@ -151,7 +152,7 @@ def started(folder: Path, mark: str, *, before: Any = None) -> tuple[subprocess.
         preexec_fn=before,
     )
     until_s = time.monotonic() + 60
-    while not (found := list(folder.glob("outputs/fig3/*/records.jsonl"))):
+    while not (found := list(folder.glob("outputs/fig3/2*/records.jsonl"))):
         assert run.poll() is None, run.communicate()[1]
         assert time.monotonic() < until_s
         time.sleep(0.05)
@@ -251,7 +252,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, mark: str) -> None:
     """What was recorded stays; one line says what happened."""
     (tmp_path / "outputs").mkdir()
     done = mounted(
-        tmp_path, "mount -t tmpfs -o size=4m none outputs", [FAULTY, *TINY], "cat outputs/fig3/*/records.jsonl",
+        tmp_path, "mount -t tmpfs -o size=4m none outputs", [FAULTY, *TINY], "cat outputs/fig3/2*/records.jsonl",
         FAULT="records:filled:0", **{MARK: mark},
     )  # fmt: skip
     err = (tmp_path / "err").read_text()

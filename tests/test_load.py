@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -11,9 +13,14 @@ import pytest
 from PIL import Image
 
 from hcms.methods import METHODS
+from hcms_lab.ground.config import AboutConfig, BenchConfig, CasesConfig, LayerConfig, LinkConfig, WorkloadConfig
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.ground.load import COLUMNS, committed_folders, config, environment, newest, records
+from hcms_lab.ground.load import COLUMNS, committed_folders, config, environment, judged_runs, newest, records, reduced
+from hcms_lab.ground.paths import inside
+from hcms_lab.ground.records import MAX_FILE_BYTES
+from hcms_lab.ground.reduced import reductions
 from hcms_lab.report import style
+from hcms_lab.report.registry import exhibit
 from hcms_lab.report.tables import write_table
 from made_runs import make_run
 
@@ -58,12 +65,60 @@ def test_line_being_written_is_left_out(tmp_path: Path) -> None:
         ('{"schema": 1}\n{"schema": 2}\n', r"records.jsonl:2 has record schema 2, but this version reads 1"),
         ('{"exp": "fig3"}\n', "has record schema None"),
         ('{"schema": 1}\nnonsense\n', "records.jsonl:2 is not JSON"),
+        ('{"schema": 1}\n[1]\n', "records.jsonl:2 is no record, but a list"),
+        (
+            '{"schema": 1}\n\n{"schema": 1, "latency_ms": "fast"}\n',
+            "records.jsonl:3: latency_ms is 'fast', and should be",
+        ),
+        ('{"schema": 1, "ok": 1}\n', "records.jsonl:1: ok is '1', and should be a truth value"),
+        ('{"schema": 1, "latency_ms": true}\n', "latency_ms is 'True', and should be a number"),
+        ('{"schema": 1, "latency_ms": NaN}\n', "records.jsonl:1 is not JSON"),
+        ('{"schema": 1, "times_ms": [1, "x"]}\n', "records.jsonl:1: times_ms holds something that is not a number"),
+        ('{"schema": 1, "exp": ".."}\n', "records.jsonl:1: exp is '..', and should be a plain name"),
+        ('{"schema": 1, "hardware": "a/../../b"}\n', "hardware is 'a/../../b', and should be a plain name"),
+        ('{"schema": 1, "seed": ' + "9" * 5000 + "}\n", "records.jsonl:1 is not JSON"),
+        ("[" * 100_000 + "\n", "records.jsonl:1 nests too deep"),
+        (
+            '{"schema": 1, "error": "' + "x" * (1 << 20) + '"}\n',
+            "1 has 1.0 MiB, and a record has 1 MiB at most",
+        ),
     ],
 )
 def test_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "records.jsonl").write_text(text)
     with pytest.raises(UsageError, match=message):
         records(tmp_path)
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_bytes(b'{"schema": 1}\n{"schema": 1, "exp": "\xff"}\n')
+    with pytest.raises(UsageError, match=r"records.jsonl:2 is not UTF-8 text"):
+        records(tmp_path)
+
+
+def test_a_file_that_no_run_writes_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "records.jsonl").open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(UsageError, match="more than 64 MiB"):
+        records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("env.json", '{"a": 1,\n"b": }\n', "env.json:2 is not JSON"),
+        ("env.json", "[]", "env.json holds a list"),
+        ("env.json", '{"a": "' + "x" * (1 << 20) + '"}', "more than 1 MiB"),
+        ("config.resolved.yaml", "a: 1\nb: [\n", "config.resolved.yaml:3 is not YAML"),
+        ("config.resolved.yaml", "a: &a [x, x]\nb: &b [*a, *a]\n", "holds YAML aliases"),
+        ("config.resolved.yaml", "!!python/object/apply:os.getcwd []\n", "config.resolved.yaml:1 is not YAML"),
+        ("config.resolved.yaml", "text", "holds a str"),
+    ],
+)
+def test_what_lies_beside_records_is_data_too(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=message):
+        (environment if name == "env.json" else config)(tmp_path)
 
 
 def test_no_records(tmp_path: Path) -> None:
@@ -84,6 +139,90 @@ def test_newest_is_the_local_run_then_the_latest_reference(tmp_path: Path) -> No
     local = make_run(tmp_path)
     assert newest("fig3", tmp_path) == local.resolve()
     assert old.is_dir()
+
+
+def test_a_run_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed_run = make_run(tmp_path, committed=True)
+    first, _ = make_run(tmp_path, stamp="2026-01-01_00-00-00"), make_run(tmp_path, stamp="2026-01-02_00-00-00")
+    monkeypatch.setenv("HCMS_RUN", str(first.relative_to(tmp_path)))
+    assert newest("fig3", tmp_path) == first.resolve()
+    with pytest.raises(UsageError, match=r"HCMS_RUN=outputs/fig3/2026-01-01_00-00-00 is a run of fig3, not of fig5"):
+        newest("fig5", tmp_path)
+    monkeypatch.setenv("HCMS_RUN", "committed")
+    assert newest("fig3", tmp_path) == committed_run
+
+
+def as_reduced(folder: Path) -> Path:
+    """What a run says of itself that had fewer rounds than its experiment asks for."""
+    (folder / "env.json").write_text(json.dumps({**environment(folder), "reduced": "3 of 10 rounds"}))
+    return folder
+
+
+def test_a_reduced_run_is_drawn_and_judged_nowhere(tmp_path: Path) -> None:
+    whole = make_run(tmp_path, committed=True)
+    as_reduced(make_run(tmp_path, slug="cpu-made-up-variant", committed=True))
+    environ = environment(whole.parent.parent / "cpu-made-up-variant" / "fig3")
+    environ["hardware"]["slug"] = "cpu-made-up"
+    (whole.parent.parent / "cpu-made-up-variant" / "fig3" / "env.json").write_text(json.dumps(environ))
+    short = as_reduced(make_run(tmp_path, frames=(4,)))
+    assert (reduced(whole), reduced(short)) == ("", "3 of 10 rounds")
+    assert newest("fig3", tmp_path) == short.resolve(), "it is drawn"
+    for own in (False, True):
+        (judged,) = judged_runs("fig3", tmp_path, own=own)
+        assert judged.attrs["folder"] == str(whole)
+    make_run(tmp_path, slug="gpu-x", stamp="2027")
+    assert [len(judged_runs("fig3", tmp_path, own=own)) for own in (False, True)] == [1, 2]
+
+
+def test_its_figure_and_table_say_so(tmp_path: Path) -> None:
+    for folder, is_told in ((make_run(tmp_path, stamp="a"), False), (as_reduced(make_run(tmp_path, stamp="b")), True)):
+        figure = exhibit("fig3").of(folder)
+        assert ("reduced run: 3 of 10 rounds" in figure.get_suptitle()) == is_told
+        assert ("reduced run" in str(figure.get_label())) == is_told
+        plt.close(figure)
+        table = exhibit("table2").of(folder)
+        assert table.attrs["caption"].startswith("Reduced run: 3 of 10 rounds. ") == is_told
+
+
+@dataclass
+class Layer(LayerConfig, CasesConfig):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "less"),
+    [
+        ({}, []),
+        ({"latent_frames": [4]}, ["1 of 4 latent_frames"]),
+        ({"cuts": []}, []),
+        ({"methods": ["ulysses"], "name": "mine", "output": "elsewhere"}, ["1 of 6 methods"]),
+        ({"bench": BenchConfig(iterations=3)}, ["3 of 12 rounds"]),
+        ({"bench": BenchConfig(iterations=30)}, []),
+        ({"ranks": 2}, ["ranks 2 of each"]),
+        ({"link": LinkConfig(ratio=0.4)}, ["1 of 2 ratio"]),
+    ],
+)
+def test_what_a_run_has_less_of(change: dict[str, Any], less: list[str]) -> None:
+    workload = WorkloadConfig("w", 16, 4, 16, 1, "float32")
+    own = Layer(
+        name="fig3",
+        kind="k",
+        about=AboutConfig("t"),
+        workload=workload,
+        ranks="each",
+        link=LinkConfig(ratio=[0.1, 0.4]),
+    )
+    assert reductions(replace(own, **change), own) == less
+
+
+def test_paths_made_of_data_stay_inside(tmp_path: Path) -> None:
+    assert inside(tmp_path, "fig3", "x") == tmp_path / "fig3" / "x"
+    for name in ("..", "", ".", "/etc", "a/b", "a\\b", "-x", ".hidden", "x" * 101, "a\0", "café"):
+        with pytest.raises(UsageError, match="names no folder"):
+            inside(tmp_path, name)
+    (tmp_path / "out").symlink_to(tmp_path.parent)
+    with pytest.raises(UsageError, match="leads out of"):
+        inside(tmp_path, "out")
 
 
 def test_table_in_three_forms(tmp_path: Path) -> None:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from hcms_lab.cli import main
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.load import newest, newest_runs
 from hcms_lab.report.readme import BLOCKS, comparison, experiments, figures, hardware, results, updated
-from made_runs import make_repository, make_run, script
+from made_runs import make_repository, make_run
 
 pytestmark = pytest.mark.t0
-
-main = script("readme").main
 
 
 def readme_with(*names: str) -> str:
@@ -99,11 +98,11 @@ def test_bad_markers(tmp_path: Path, text: str, message: str) -> None:
 def test_command_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_repository(tmp_path)
     command = ["--root", str(root)]
-    assert main(command) == 2
+    assert main(["readme", *command]) == 2
     (root / "README.md").write_text(readme_with("results", "figures"))
-    assert main([*command, "--check"]) == 1
+    assert main(["readme", *command, "--check"]) == 1
     assert "make readme" in capsys.readouterr().err
     assert "STALE" in (root / "README.md").read_text(), "a check changes nothing"
-    assert main(command) == 0
-    assert main([*command, "--check"]) == 0
+    assert main(["readme", *command]) == 0
+    assert main(["readme", *command, "--check"]) == 0
     assert "up to date" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -82,14 +83,32 @@ def test_a_line_cut_short_is_left_out_and_replaced(tmp_path: Path) -> None:
     assert [json.loads(line)["seed"] for line in file.path.read_text().splitlines()] == [0, 1, 7]
 
 
-def test_records_to_be_measured_again_are_dropped(tmp_path: Path) -> None:
-    file = RecordFile(tmp_path / "records.jsonl")
-    file.drop(lambda r: True)
-    assert not file.path.exists()
-    file.append([record(seed=s) for s in range(4)])
-    file.drop(lambda r: r["seed"] % 2)
-    assert [r["seed"] for r in file.read()] == [0, 2]
+def test_records_measured_again_take_the_place_of_those_of_an_earlier_segment(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    RecordFile(path).append([record(seed=s, status="failed") for s in range(3)])
+    RecordFile(path).append([record("hcms", cut="auto", seed=0)])
+    later = RecordFile(path)
+    later.append([record(seed=1, latency_ms=1.0), record(seed=7)])
+    later.append([record("hcms", cut="auto:1-3", seed=0, latency_ms=2.0)])
+    found = later.read()
+    assert [(r["seed"], r["status"], r["latency_ms"]) for r in found] == [
+        *((0, "failed", None), (1, "done", 1.0), (2, "failed", None), (0, "done", 2.0), (7, "done", None))
+    ]
+    later.append([record(seed=7)])
+    assert [r["seed"] for r in later.read()] == [0, 1, 2, 0, 7, 7], "its own records are never replaced"
     assert [p.name for p in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+def test_an_errors_text_tells_no_path_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "correct-horse-battery")
+    monkeypatch.setattr(socket, "gethostname", lambda: "lab-node-17.example.org")
+    text = "OSError: /home/jane/x.so on lab-node-17 with correct-horse-battery and hf_" + "a" * 30
+    file = RecordFile(tmp_path / "records.jsonl")
+    file.append([record(error=text, ok=False)])
+    (found,) = file.read()
+    assert found["error"] == (
+        "OSError: <path> on <the host's short name> with <the value of $SOME_TOKEN> and <a Hugging Face token>"
+    )
 
 
 def test_what_records_say_of_each_other() -> None:

@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 
 from hcms_lab.ground.config import Config
 from hcms_lab.ground.load import environment, records
+from hcms_lab.ground.private import words
+from hcms_lab.ground.records import RecordFile
 from hcms_lab.report.wandb_mirror import Mirror, best, summary
 from made_runs import COMMIT, make_run
 from wandb_server import wandb_server
@@ -103,7 +105,7 @@ def test_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert set(contents) == {
         "records.jsonl",
         "env.json",
-        "config.resolved.yaml",
+        "settings.yaml",
         "traces/hcms.json",
         "figures/fig3.png",
     }
@@ -148,13 +150,12 @@ def test_online_out_of_reach_goes_on_offline(tmp_path: Path, key: str, reason: s
 
 
 def test_online_and_sync_reach_a_server(tmp_path: Path) -> None:
-    """One run online; another offline, uploaded once by `sync.py` although that is called twice."""
+    """One run online; another offline, uploaded once by `hcms-lab sync` although that is called twice."""
     reachable = {"HOME": str(tmp_path), "WANDB_API_KEY": "0" * 40}
     online, offline = make_run(tmp_path, stamp="online"), make_run(tmp_path, stamp="offline")
 
     def sync() -> subprocess.CompletedProcess[str]:
-        script = Path(__file__).parent.parent / "experiments" / "sync.py"
-        command = [sys.executable, script, tmp_path / "outputs"]
+        command = [sys.executable, "-m", "hcms_lab", "sync", tmp_path / "outputs"]
         environ = {**outside(), **reachable, "WANDB_BASE_URL": server.url}
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environ, cwd=tmp_path)
 
@@ -179,17 +180,88 @@ def test_online_and_sync_reach_a_server(tmp_path: Path) -> None:
         assert second.stdout.startswith("nothing to upload")
 
 
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+PLANT = """
+import json
+import sys
+from pathlib import Path
+from omegaconf import OmegaConf
+from test_wandb import Mirror, environment
+
+sys.path.insert(0, {experiments!r})
+from wan import Settings  # of whole clips: they have every path that there is
+
+folder, secret = Path({folder!r}), {secret!r}
+cfg = OmegaConf.structured(Settings)
+cfg.name, cfg.wandb.mode = "fig7", "online"
+cfg.prompt, cfg.negative_prompt = "a cat, key " + secret, "hf_" + "a" * 30
+cfg.weights_path, cfg.image, cfg.profile = "/home/jane/weights", "pictures/jane.png", "/home/jane/profile.yaml"
+cfg.output, cfg.resume = "/home/jane/outputs", "/home/jane/outputs/fig3/x"
+env = environment(folder)
+env["variables"] = {{"GLOO_SOCKET_IFNAME": secret, "NCCL_ALGO": "/home/jane/nccl"}}
+rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+rows[0].update(ok=False, error="OSError: /home/jane/x of " + secret, workload="hf_" + "a" * 30)
+with Mirror(folder, cfg, env) as mirror:
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+    mirror.finish()
+"""
+
+
+def test_nothing_private_reaches_wandb(tmp_path: Path) -> None:
+    """A key in a variable, in settings, in the environment and in a record; paths, this user and this machine."""
+    folder, secret = make_run(tmp_path), "correct-horse-battery-staple"
+    variables = {"HOME": str(tmp_path), "WANDB_API_KEY": "0" * 40, "SOME_TOKEN": secret, "LOGNAME": "jane.doe"}
+    with wandb_server() as server:
+        subprocess.run(
+            [sys.executable, "-c", PLANT.format(folder=str(folder), secret=secret, experiments=str(EXPERIMENTS))],
+            check=True,
+            env={**outside(), **variables, "WANDB_BASE_URL": server.url},
+        )
+    sent = b"\n".join(server.bodies).decode(errors="replace")
+    published = folder / "wandb" / "published"
+    assert {path.name for path in published.iterdir()} == {"records.jsonl", "env.json", "settings.yaml"}
+    texts = [sent, *(path.read_text() for path in published.iterdir())]
+    assert "a cat, key <the value of $SOME_TOKEN>" in texts[0], "the settings did arrive"
+    assert '"commit"' in sent
+    private = [secret, "hf_a", "jane", str(tmp_path), "0" * 40]
+    for text in texts:
+        assert [name for name in private if name in text] == []
+        assert [what for what, pattern in words().items() if pattern.search(text)] == []
+
+
+def test_predictions_are_called_so(tmp_path: Path) -> None:
+    """Through the real command: a run of the catalogue's GPUs is no measurement."""
+    command = [sys.executable, EXPERIMENTS / "run.py", "+exp=fig6", "latent_frames=9", "wandb.mode=offline"]
+    subprocess.run(command, cwd=tmp_path, env=outside(), check=True, capture_output=True)
+    (start,) = [line["run"] for line in log_of(tmp_path / "outputs" / "fig6" / "latest") if line["type"] == "run"]
+    assert (start["job_type"], start["config"]["update"]["source"]) == ("predicted", "predicted")
+    assert "predicted" in start["tags"]
+
+
+def test_what_a_resumed_run_measures_again_is_logged_once(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    file = RecordFile(folder / "records.jsonl")
+    rows = file.read()
+    with Mirror(folder, config("offline"), environment(folder)) as under_test:
+        assert under_test.poll() == 0, "old records wait: they may yet be replaced"
+        file.append([{**rows[0], "latency_ms": 1.0}])
+        assert under_test.poll() == 1
+        assert under_test.poll() == 0
+        under_test.finish()
+    history = [line["history"]["item"] for line in log_of(folder) if line["type"] == "history"]
+    assert sum(any(key.startswith("fig3/latency_ms/") for key in item) for item in history) == len(rows)
+
+
 def test_sync_without_key_or_network(tmp_path: Path) -> None:
     run = make_run(tmp_path) / "wandb" / "offline-run-1-a"
     older = run.with_name("offline-run-0-a")
     for folder in (run, older):
         folder.mkdir(parents=True)
         (folder / "run-a.wandb").touch()
-    script = Path(__file__).parent.parent / "experiments" / "sync.py"
     environ = {**outside(), "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
 
     def sync(*arguments: str, **key: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, script, *arguments]
+        command = [sys.executable, "-m", "hcms_lab", "sync", *arguments]
         return subprocess.run(
             command, capture_output=True, text=True, check=False, env={**environ, **key}, cwd=tmp_path
         )

@@ -25,6 +25,7 @@ class WandbServer(ThreadingHTTPServer):
         self.artifacts: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
         self.files: list[str] = []
+        self.bodies: list[bytes] = []  # all that was sent, word for word
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has what it wants closes its connection; that is no error."""
@@ -79,7 +80,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+        body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+        self.server.bodies.append(body)
+        return body
 
     def _send(self, answer: dict[str, Any]) -> None:
         body = json.dumps(answer).encode()

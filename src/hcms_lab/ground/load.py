@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -13,8 +13,8 @@ import yaml
 
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.names import peer_kind_by_name
-from hcms_lab.ground.paths import ROOT
-from hcms_lab.ground.records import SCHEMA, Record
+from hcms_lab.ground.paths import ROOT, inside
+from hcms_lab.ground.records import SCHEMA, Record, parsed, plan, read_bounded, read_rows
 
 __all__ = [
     "COLUMNS",
@@ -23,12 +23,17 @@ __all__ = [
     "committed_runs",
     "config",
     "environment",
+    "judged_runs",
     "newest",
     "newest_runs",
+    "plan",
     "records",
+    "reduced",
 ]
 
 SCHEMAS = (SCHEMA,)  # the record schemas that this code reads
+MAX_SIDE_BYTES = 1 << 20  # of env.json and config.resolved.yaml
+NAMED_BY = "HCMS_RUN"  # a run's folder, or `committed`: what `newest` gives in place of the newest run
 
 _FIELDS = {field.name: str(field.type) for field in fields(Record)}
 COLUMNS = tuple(_FIELDS)
@@ -45,29 +50,21 @@ def records(path: Path | str) -> pd.DataFrame:
     being written when its run died: it is left out.
 
     Raises:
-        UsageError: no such file, an empty one, a line that is not JSON, or a schema that this code does not read.
+        UsageError: no such file, an empty or too large one, a line that is no record, by its number, or a schema that
+            this code does not read.
     """
     path = Path(path)
     file = path / "records.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"no records at {file}: give a run's folder, such as outputs/fig3/latest")
-    text = file.read_text(encoding="utf-8")
-    lines = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{file}:{number} is not JSON ({error.msg}): mend or remove that line") from None
+    rows = read_rows(file)
+    for number, row in enumerate(rows, start=1):
         if row.get("schema") not in SCHEMAS:
             readable = ", ".join(map(str, SCHEMAS))
             raise UsageError(
                 f"{file}:{number} has record schema {row.get('schema')!r}, but this version reads {readable}: "
                 f"run the experiment again, or read it with the commit named in its env.json"
             )
-        rows.append(row)
     if not rows:
         raise UsageError(f"{file} holds no record yet")
     table = frame(rows)
@@ -94,7 +91,9 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 def environment(path: Path | str) -> dict[str, Any]:
     """The `env.json` beside a run's records, or {} where there is none."""
     file = _folder(path) / "env.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    return _mapping(parsed(read_bounded(file, MAX_SIDE_BYTES), str(file)), file)
 
 
 def hardware_name(path: Path | str) -> str:
@@ -115,21 +114,53 @@ def config(path: Path | str) -> dict[str, Any]:
     Runs of before the two counts of frames had names of their own get today's: `latent_frames`, but of whole clips.
     """
     file = _folder(path) / "config.resolved.yaml"
-    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    content = read_bounded(file, MAX_SIDE_BYTES)
+    try:
+        # A line of aliases of aliases would be gigabytes to whoever walks through it; we write none.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
+            raise UsageError(f"{file} holds YAML aliases, which no run of ours writes: not read")
+        found = _mapping(yaml.safe_load(content), file)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UsageError(f"{file}{f':{mark.line + 1}' if mark else ''} is not YAML: mend or remove it") from None
     if "frames" in found and found.get("kind") not in ("wan", "wan_predict"):
         found["latent_frames"] = found.pop("frames")
     return found
 
 
+def _mapping(value: Any, file: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{file} holds a {type(value).__name__}, and should hold names with values")
+    return value
+
+
+def reduced(path: Path | str) -> str:
+    """How a run fell short of its experiment's own settings, such as "3 of 10 rounds"; "" where it did not.
+
+    The run itself says so in its `env.json`: what the experiment asks for may be more by now.
+    """
+    return str(environment(path).get("reduced") or "")
+
+
 def newest(exp: str, root: Path = ROOT) -> Path:
     """The folder of an experiment's newest records: `outputs/<exp>/latest`, else the newest committed reference run.
 
-    A variant (another link, other sizes) stands for its experiment only where there is nothing else.
+    The variable `HCMS_RUN` names another run's folder, or `committed` to leave this machine's own out. A variant
+    (another link, other sizes) stands for its experiment only where there is nothing else.
 
     Raises:
-        UsageError: neither exists; the message says which command makes one.
+        UsageError: there is none, and which command makes one; or HCMS_RUN names a run of another experiment.
     """
-    own = _own(exp, root)
+    named = os.environ.get(NAMED_BY)
+    if named and named != "committed":
+        folder = Path(named) if Path(named).is_dir() else root / named
+        theirs = str(records(folder)["exp"].iloc[0])
+        if theirs != exp:
+            raise UsageError(f"{NAMED_BY}={named} is a run of {theirs}, not of {exp}: name one of {exp}, or none")
+        return folder.resolve()
+    own = None if named else _own(exp, root)
     if own:
         return own
     folders = committed_folders(exp, root)
@@ -140,8 +171,9 @@ def newest(exp: str, root: Path = ROOT) -> Path:
 
 def committed_folders(exp: str, root: Path = ROOT) -> dict[str, Path]:
     """Folders of the committed reference runs of an experiment by hardware slug, in the slugs' order."""
-    files = sorted((root / "paper_tables" / "records").glob(f"*/{exp}/records.jsonl"))
-    return {file.parent.parent.name: file.parent for file in files}
+    base = root / "paper_tables" / "records"
+    folders = [inside(base, slug.name, exp) for slug in sorted(base.glob("[!.]*")) if slug.is_dir()]
+    return {folder.parent.name: folder for folder in folders if (folder / "records.jsonl").is_file()}
 
 
 def committed_runs(exp: str, root: Path = ROOT) -> list[pd.DataFrame]:
@@ -150,31 +182,43 @@ def committed_runs(exp: str, root: Path = ROOT) -> list[pd.DataFrame]:
 
 
 def newest_runs(exp: str, root: Path = ROOT) -> list[pd.DataFrame]:
-    """This machine's newest run, then the committed ones of other hardware, the newest first."""
+    """This machine's newest run, then the committed ones of other hardware, the newest first.
+
+    A reduced run of this machine is left out: nothing is judged by it.
+    """
     folder = _own(exp, root)
-    if folder is None:
+    if folder is None or reduced(folder):
         return committed_runs(exp, root)
     own = records(folder)
     slug = str(own["hardware"].iloc[0])
     return [own, *(run for run in committed_runs(exp, root) if Path(run.attrs["folder"]).parent.name != slug)]
 
 
-def plan(cut: str | None) -> str | None:
-    """The cut that was asked for: `"auto:1-3-1"`, chosen on the machine, is `"auto"` on every machine."""
-    return "auto" if isinstance(cut, str) and cut.startswith("auto") else cut
+def judged_runs(exp: str, root: Path = ROOT, *, own: bool = False) -> list[pd.DataFrame]:
+    """What verdicts are read from: the committed runs, and this machine's newest only where it is asked for (`own`).
+
+    A reduced run is judged nowhere: neither this machine's, nor one that was committed as a variant.
+    """
+    runs = newest_runs(exp, root) if own else committed_runs(exp, root)
+    return [run for run in runs if not (_is_variant(Path(run.attrs["folder"])) and reduced(run.attrs["folder"]))]
 
 
 def _place(folder: Path) -> tuple[bool, float]:
     """Sorts committed runs: the newest first, variants last."""
-    env = environment(folder)
-    started = env.get("started")
-    is_variant = (env.get("hardware") or {}).get("slug", folder.parent.name) != folder.parent.name
-    return is_variant, -datetime.fromisoformat(started).timestamp() if started else 0.0
+    started = environment(folder).get("started")
+    return _is_variant(folder), -datetime.fromisoformat(started).timestamp() if started else 0.0
+
+
+def _is_variant(folder: Path) -> bool:
+    """Whether a run lies under another name than its hardware's, as committed variants do."""
+    if folder.parent.parent.name != "records":
+        return False
+    return (environment(folder).get("hardware") or {}).get("slug", folder.parent.name) != folder.parent.name
 
 
 def _own(exp: str, root: Path) -> Path | None:
     """The folder of this machine's newest run of an experiment."""
-    latest = root / "outputs" / exp / "latest"
+    latest = inside(root / "outputs", exp) / "latest"
     return latest.resolve() if (latest / "records.jsonl").is_file() else None
 
 

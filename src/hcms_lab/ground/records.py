@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.paths import NAME
+from hcms_lab.ground.private import scrubbed
 
 SCHEMA = 1
 
@@ -74,6 +79,27 @@ class Record:
     share_of_best: float | None = None  # of a kernel's rate at the most heads, or of a copy's ceiling
 
 
+# What tells the cases of one file apart: `num_frames` is a clip's, `run` that of lines gathered from other runs.
+CASE = (
+    *("exp", "source", "hardware", "workload", "link", "link_ratio", "world_size", "method", "kernel", "dtype"),
+    *("batch", "seq_len", "heads", "head_dim", "cut", "prefetch", "frames", "num_frames", "seed", "run"),
+    *("transport", "load"),
+)
+FREE_TEXT = ("error", "plan_reason", "version")  # the rest is made of our own words
+MAX_LINE_BYTES = 1 << 20  # a committed record has 3 kB at most; one of a thousand rounds would have 30
+MAX_FILE_BYTES = 1 << 26
+
+
+def plan(cut: str | None) -> str | None:
+    """The cut that was asked for: `"auto:1-3-1"`, chosen on the machine, is `"auto"` on every machine."""
+    return "auto" if isinstance(cut, str) and cut.startswith("auto") else cut
+
+
+def case_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a record is of, whatever came of it."""
+    return tuple(plan(row.get(name)) if name == "cut" else row.get(name) for name in CASE)
+
+
 def derived_gbps(found: list[dict[str, Any]], ranks: int) -> dict[float, float]:
     """The bandwidth that each link ratio came to on so many ranks, for the run that goes on from these records."""
     return {
@@ -83,40 +109,140 @@ def derived_gbps(found: list[dict[str, Any]], ranks: int) -> dict[float, float]:
     }
 
 
+def read_bounded(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
+    """A file's content, which others may have written: nothing larger than `limit` is read.
+
+    Raises:
+        UsageError: it is larger.
+    """
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UsageError(f"{path} has more than {limit / 2**20:g} MiB, which no run of ours writes: not read")
+    return content
+
+
+def parsed(text: bytes, where: str) -> Any:
+    """JSON that others may have written, as plain data.
+
+    Raises:
+        UsageError: it is not JSON, holds NaN or Infinity, or nests too deep; begins with `where`.
+    """
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        line = f":{error.lineno}" if error.lineno > 1 else ""
+        raise UsageError(f"{where}{line} is not JSON ({error.msg}): mend or remove it") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{where} is not UTF-8 text: mend or remove it") from None
+    except ValueError as error:
+        raise UsageError(f"{where} is not JSON ({str(error).splitlines()[0]}): mend or remove it") from None
+    except RecursionError:
+        raise UsageError(f"{where} nests too deep for a record: mend or remove it") from None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, each checked to be one. A last line without its newline was cut short: it is left out.
+
+    Raises:
+        UsageError: the first line that is no record, by file and line, or a file that is too large.
+    """
+    rows = []
+    for number, line in enumerate(_whole_lines(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        if len(line) > MAX_LINE_BYTES:
+            raise UsageError(
+                f"{where} has {len(line) / 2**20:.1f} MiB, and a record has {MAX_LINE_BYTES >> 20} MiB at most"
+            )
+        row = parsed(line, where)
+        if not isinstance(row, dict):
+            raise UsageError(f"{where} is no record, but a {type(row).__name__}: mend or remove that line")
+        rows.append(_checked(row, where))
+    return rows
+
+
+def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
+    for name, value in row.items():
+        kinds = _KINDS.get(name)
+        if value is None or kinds is None:
+            continue
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            wanted = "text" if kinds == (str,) else "a list" if kinds == (list,) else "a truth value"
+            wanted = "a number" if int in kinds else wanted
+            raise UsageError(f"{where}: {name} is {str(value)[:40]!r}, and should be {wanted}")
+        if name == "times_ms" and isinstance(value, list) and not all(isinstance(ms, int | float) for ms in value):
+            raise UsageError(f"{where}: times_ms holds something that is not a number")
+    for name in ("exp", "hardware"):  # parts of paths
+        if row.get(name) is not None and not NAME.fullmatch(row[name]):
+            raise UsageError(f"{where}: {name} is {row[name][:40]!r}, and should be a plain name, as fig3 is")
+    return row
+
+
+def _kinds(annotation: str) -> tuple[type, ...]:
+    for begin, kinds in (("int", (int, float)), ("float", (int, float)), ("bool", (bool,)), ("list", (list,))):
+        if annotation.startswith(begin):
+            return kinds
+    return (str,)
+
+
+# pandas gives whole numbers back as floats, so a column of whole numbers may hold some.
+_KINDS = {field.name: _kinds(str(field.type)) for field in fields(Record)}
+
+
+def _whole_lines(path: Path) -> bytes:
+    content = read_bounded(path) if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
+
+
 class RecordFile:
     """Appends records to `records.jsonl` as cases finish, so that a run that dies keeps what it had.
 
-    A last line without its newline was cut short by a crash: it is left out, and gone with the next write.
+    A record of a case that an earlier segment of the run left here takes that one's place, in one step with the rest
+    of what is appended: at every moment the file holds the old record or the new one, never none or both. What an
+    error's text tells of paths, names and secrets is taken out.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._earlier: set[tuple[Any, ...]] | None = None  # cases that stood here before this object's first record
 
-    def append(self, records: list[Record]) -> None:
-        before = self._whole_lines()
-        if self.path.exists() and len(before) < self.path.stat().st_size:
-            self._replace(before)
-        with self.path.open("a") as file:
-            for record in records:
-                file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+    def append(self, records: Iterable[Record | dict[str, Any]]) -> None:
+        rows = [r if isinstance(r, dict) else asdict(r) for r in records]
+        rows = [{**row, **scrubbed({name: row[name] for name in FREE_TEXT if row.get(name)})} for row in rows]
+        texts = {i: json.dumps(row, allow_nan=False).encode() + b"\n" for i, row in enumerate(rows)}
+        before = _whole_lines(self.path)
+        if self._earlier is None:
+            self._earlier = {case_of(row) for row in self.read()}
+        again = {case: i for i, row in enumerate(rows) if (case := case_of(row)) in self._earlier}
+        if not again and len(before) == (self.path.stat().st_size if self.path.exists() else 0):
+            with self.path.open("ab") as file:  # buffered: a raw write of a full disk may be short without an error
+                file.write(b"".join(texts.values()))
+            return
+        lines: list[bytes] = []
+        for line in before.splitlines(keepends=True):
+            case = case_of(json.loads(line)) if line.strip() else ()
+            if case not in again:
+                lines.append(line)
+            elif again[case] in texts:
+                lines.append(texts.pop(again[case]))
+        self._replace(b"".join([*lines, *texts.values()]))
+        self._earlier -= again.keys()
 
     def read(self) -> list[dict[str, Any]]:
         """The records so far."""
-        return [json.loads(line) for line in self._whole_lines().splitlines()]
-
-    def drop(self, these: Callable[[dict[str, Any]], bool]) -> None:
-        """Take out the records that are to be measured again."""
-        lines = self._whole_lines().splitlines(keepends=True)
-        kept = [line for line in lines if not these(json.loads(line))]
-        if len(kept) < len(lines):
-            self._replace(b"".join(kept))
-
-    def _whole_lines(self) -> bytes:
-        content = self.path.read_bytes() if self.path.exists() else b""
-        return content[: content.rfind(b"\n") + 1]
+        return read_rows(self.path)
 
     def _replace(self, content: bytes) -> None:
         """In one step, so that a run that dies here loses nothing."""
         whole = self.path.with_suffix(".whole")
-        whole.write_bytes(content)
+        with whole.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         whole.replace(self.path)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,14 @@ def _versions() -> dict[str, str]:
 def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
     """The contents of `env.json`. `device` is cpu or cuda; torch is imported for cuda alone."""
     status = _git("status", "--porcelain", "--untracked-files=no")
+    changes = _git("diff", "HEAD", "--", ":/src", ":/experiments", ":/conf")
     facts: dict[str, Any] = {
         # A copy of the tree without its history, as on a machine that gets only files, is told its commit.
         "commit": _git("rev-parse", "HEAD") or os.environ.get("HCMS_COMMIT"),
         # Only tracked files can differ from the commit: new figures and records do not change what was measured.
         "dirty": None if status is None else bool(status),
+        # A run goes on only with the same code, and uncommitted code has no name of its own.
+        "changes": sha256(changes.encode()).hexdigest()[:12] if changes else None,
         "hardware": asdict(hardware),
         "link": link,
         "python": sys.version.split()[0],

@@ -18,8 +18,8 @@ import pandas as pd
 from hcms_lab.ground.cuts import chunks
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.experiments import axis
-from hcms_lab.ground.load import committed_folders, environment, hardware_name, plan, records
-from hcms_lab.ground.paths import ROOT
+from hcms_lab.ground.load import committed_folders, environment, hardware_name, plan, records, reduced
+from hcms_lab.ground.paths import NAME, ROOT
 from hcms_lab.report import style
 from hcms_lab.report.stats import overlapping, point_columns, ratio_of_medians
 
@@ -98,6 +98,8 @@ def find(arguments: Sequence[str], root: Path = ROOT) -> list[Path]:
         if (path / "records.jsonl").is_file() or path.is_file():
             found.append(path)
             continue
+        if not NAME.fullmatch(argument):
+            raise UsageError(f"{argument}: neither a folder with records.jsonl nor an experiment that has records")
         latest = root / "outputs" / argument / "latest"
         here = [
             *committed_folders(argument, root).values(),
@@ -167,7 +169,7 @@ def compare(runs: Mapping[str, pd.DataFrame]) -> Comparison:
     # One link belongs to the machine; several make groups, or are the axis.
     sweeps = x != "ratio" and bool((cases.groupby("run")["link_ratio"].nunique() > 1).any())
 
-    groups = []
+    groups, common = [], 0
     for values, part in cases.groupby([*GROUP, "ratio"] if sweeps else GROUP, dropna=False, sort=True):
         present = [label for label in runs if (part["run"] == label).any()]
         title = "{}, {}, {}, {:g} heads of {:g}, batch {:g}".format(*values[: len(GROUP)])
@@ -176,9 +178,16 @@ def compare(runs: Mapping[str, pd.DataFrame]) -> Comparison:
         absent = [label for label in runs if label not in present]
         if absent:
             notes.append(f"{title}: no such case from {', '.join(absent)}; compare speedups, not times, across groups")
+        shared = int(groups[-1].table[present].notna().sum(axis=1).gt(1).sum()) if len(present) > 1 else 0
+        common += shared
         apart = int(groups[-1].table[present].isna().any(axis=1).sum()) if len(present) > 1 else 0
         if apart:
             notes.append(f"{title}: {apart} rows are not from every machine (other ranks, cuts or lengths): not mixed")
+    for label, table in runs.items():
+        if less := reduced(table.attrs["folder"]) if table.attrs.get("folder") else "":
+            notes.append(f"{label} is a reduced run: {less}")
+    if len(runs) > 1 and not common:
+        notes.insert(0, "no case in common: no workload, shape, kernel, method and cut is in two of these runs")
     return Comparison(exp, x, list(runs), groups, notes)
 
 

@@ -6,13 +6,11 @@ What is copied: `records.jsonl`, `env.json`, `config.resolved.yaml` and `traces/
 
 from __future__ import annotations
 
-import getpass
-import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +18,20 @@ import pandas as pd
 import yaml
 
 from hcms.schedule.cut import format_cut, parse_cut
+from hcms_lab.ground import private
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.ground.load import config, environment, plan, records
-from hcms_lab.ground.paths import ROOT
+from hcms_lab.ground.load import config, environment, plan, records, reduced
+from hcms_lab.ground.paths import ROOT, inside
+from hcms_lab.ground.private import words
+from hcms_lab.ground.records import parsed, read_bounded, read_rows
 
 FILES = ("records.jsonl", "env.json", "config.resolved.yaml")
 MAX_MIB = 8.0  # of one run: a trace of one iteration is small, a trace of them all does not belong in a repository
 
 _NEEDED = ("commit", "dirty", "hardware", "link", "python", "torch", "versions", "started")
-_SECRETS = {
-    "a W&B key": r"\b(?:wandb_v\d_[\w-]{20,}|local-[0-9a-f]{40})\b",
-    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}\b",
-    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})\b",
-    "an AWS key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    "an API key": r"\bsk-[A-Za-z0-9_-]{20,}\b",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a password in an address": r"\b[a-z][a-z0-9+.-]*://[^/\s:@]+:[^/\s:@]+@",
-    "an e-mail address": r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b",
-}
 GATHERING = ("hardware_types", "wan_predict")  # they gather other runs' records and predict: no grid of cases
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]*")
-_HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # W&B's older keys look like commits, so only the run's own commit may stay
-_SECRET_NAME = re.compile(r"(?i)(?:^|_)(?:api_?key|key|token|secret|password|passwd|credentials?)$")
-_IDENTITY_NAME = re.compile(r"(?i)^(?:user|username|user_name|login|host|hostname|host_name|nodename|fqdn)$")
-_ABSOLUTE = re.compile(
-    r"(?:^|[\s\"'=:,;(\[])(~?/[\w.@+-]+(?:/[\w.@+-]*)+|/(?:home|root|tmp|mnt|work)\b|[A-Za-z]:\\\S+)"
-)
-# Accounts that every machine has name nobody.
-_COMMON = {"root", "user", "ubuntu", "admin", "runner", "nobody", "docker", "jovyan", "localhost", "vm", "gpu", "cpu"}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def problems(folder: Path) -> list[str]:
@@ -56,49 +40,84 @@ def problems(folder: Path) -> list[str]:
     if missing:
         return [f"{name} is missing: give the folder of a whole run, such as outputs/fig3/latest" for name in missing]
     try:
-        table = records(folder)
-    except UsageError as error:
+        table, env = records(folder), environment(folder)
+        return [
+            *_environment(env),
+            *_incomplete(table, config(folder)),
+            *_wrong(table, env, config(folder)),
+            *_private(folder, env),
+        ]
+    except UsageError as error:  # a file that cannot be read as what it should be
         return [str(error)]
-    env = environment(folder)
-    return [
-        *_environment(env),
-        *_incomplete(table, config(folder)),
-        *_wrong(table, env, config(folder)),
-        *_private(folder, env),
-    ]
 
 
 def place(folder: Path, root: Path = ROOT, *, variant: str | None = None, replace: bool = False) -> Path:
     """Copy a run that has no problems to `paper_tables/records/<hardware>/<exp>/` under `root`; returns that folder.
 
+    What it replaces stays until the copy is whole, and comes back with the next call where this one was killed between.
+
     Args:
         variant: what sets this run apart from others of the same hardware, such as `p2p-off`: the run then lies
-            under `<hardware>-<variant>`.
+            under `<hardware>-<variant>`, and may be of another size.
 
     Raises:
-        UsageError: the run has problems, such a run is there already and `replace` is False, or `variant` is not
-            made of lower-case letters, digits and hyphens.
+        UsageError: the run has problems, is a reduced one that no variant sets apart, would replace a run that has more
+            rounds or cases, such a run is there already and `replace` is False, or `variant` is not made of lower-case
+            letters, digits and hyphens.
     """
     if variant is not None and not _SLUG.fullmatch(variant):
         raise UsageError(f"--variant {variant}: give lower-case letters, digits and hyphens, such as p2p-off")
+    base = root / "paper_tables" / "records"
+    if base.resolve() in folder.resolve().parents:
+        raise UsageError(f"{os.path.relpath(folder)} is among the committed records already: give a run's folder")
     found = problems(folder)
     if found:
         raise UsageError("; ".join(found))
     table = records(folder)
     slug = str(environment(folder)["hardware"]["slug"]) + (f"-{variant}" if variant else "")
-    target = root / "paper_tables" / "records" / slug / str(table["exp"].iloc[0])
+    target = inside(base, slug, str(table["exp"].iloc[0]))
+    beside = "--variant NAME puts it beside the others, under a name that says so"
+    if variant is None and (less := reduced(folder)):
+        raise UsageError(f"a reduced run ({less}): {beside}; or run the experiment with its own settings")
+    staging = inside(root / "paper_tables", "contributing")
+    new, old = staging / f"{slug}.{target.name}.new", staging / f"{slug}.{target.name}.old"
+    _bring_back(staging, base)
     if target.exists() and not replace:
         raise UsageError(f"{os.path.relpath(target)} is there already: --replace puts this run in its place")
-    if target.exists():
-        shutil.rmtree(target)
-    target.mkdir(parents=True)
-    for name in FILES:
-        shutil.copyfile(folder / name, target / name)
-    for trace in _traces(folder):
-        copy = target / trace.relative_to(folder)
+    if target.exists() and (less := _less(table, records(target))):
+        raise UsageError(f"{os.path.relpath(target)} has more ({less}): {beside}")
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    for path in [*(folder / name for name in FILES), *_traces(folder)]:
+        copy = new / path.relative_to(folder)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(trace, copy)
+        shutil.copyfile(path, copy, follow_symlinks=False)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # what another call left there is that one's
+        staging.rmdir()
     return target
+
+
+def _bring_back(staging: Path, base: Path) -> None:
+    """Put back what a call that was killed had taken away, and had not yet replaced."""
+    for old in staging.glob("*.old"):
+        target = inside(base, *old.name.removesuffix(".old").split(".", 1))
+        if not target.exists():
+            old.rename(target)
+
+
+def _less(run: pd.DataFrame, than: pd.DataFrame) -> str:
+    """What a run has less of than another, such as "3 of 10 rounds, 10 of 40 cases"; "" where it has no less."""
+    less = []
+    rounds = [int(table["n"].min()) if table["n"].notna().any() else 0 for table in (run, than)]
+    for name, (mine, theirs) in {"rounds": rounds, "cases": (len(run), len(than))}.items():
+        if mine < theirs:
+            less.append(f"{mine} of {theirs} {name}")
+    return ", ".join(less)
 
 
 def _environment(env: Mapping[str, Any]) -> Iterator[str]:
@@ -113,7 +132,7 @@ def _environment(env: Mapping[str, Any]) -> Iterator[str]:
         yield f"hardware.slug {hardware.get('slug')!r} is not lower-case letters, digits and hyphens"
     if env.get("dirty"):
         yield "the run's code differs from its commit (dirty): commit the changes, then run again"
-    if env.get("commit") is not None and not _HEX_KEY.fullmatch(str(env["commit"])):
+    if env.get("commit") is not None and not _COMMIT.fullmatch(str(env["commit"])):
         yield f"commit {env['commit']!r} is not a full commit hash"
 
 
@@ -169,56 +188,30 @@ def _private(folder: Path, env: Mapping[str, Any]) -> Iterator[str]:
     size_mib = sum(path.stat().st_size for path in [*(folder / name for name in FILES), *traces]) / 2**20
     if size_mib > MAX_MIB:
         yield f"{size_mib:.1f} MiB with its traces, and {MAX_MIB:g} MiB is the limit: remove traces of repeated cases"
-    commit = str(env.get("commit"))
-    names = {
-        "the user name": getpass.getuser(),
-        "the host name": socket.gethostname(),
-        "the host's short name": socket.gethostname().partition(".")[0],
-    }
-    own = {f"the value of ${k}": v for k, v in os.environ.items() if _SECRET_NAME.search(k) and len(v) >= 8}
-    words = {
-        what: re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", re.IGNORECASE)
-        for what, name in {**{w: n for w, n in names.items() if n.lower() not in _COMMON and len(n) > 2}, **own}.items()
-    }
+    commit, known = str(env.get("commit")), words()
     for path in [*(folder / name for name in FILES), *traces]:
         shown = path.relative_to(folder)
+        if path.is_symlink():
+            yield f"{shown} is a link: put the file itself there"
+            continue
         seen: set[str] = set()
         for where, text in _strings(path):
-            for line in _look(where, text, commit, words):
+            for line in private.found(where, text, commit, known):
                 if line not in seen:
                     seen.add(line)
                     yield f"{shown}: {line}"
 
 
-def _look(where: str, text: str, commit: str, words: Mapping[str, re.Pattern[str]]) -> Iterator[str]:
-    key = where.rpartition(".")[2]
-    if text and _SECRET_NAME.search(key):
-        yield f"{where} looks like a secret: remove it"
-    if text and _IDENTITY_NAME.fullmatch(key):
-        yield f"{where} names a person or a machine: remove it"
-    for what, pattern in _SECRETS.items():
-        if re.search(pattern, text):
-            yield f"{where} holds {what}: remove it"
-    if any(match != commit for match in _HEX_KEY.findall(text)):
-        yield f"{where} holds 40 hexadecimal digits that are not the run's commit: a key?"
-    for what, pattern in words.items():
-        if pattern.search(text):
-            yield f"{where} holds {what}: remove it"
-    if match := _ABSOLUTE.search(text):
-        yield f"{where} holds the absolute path {match[1]}: make it relative or remove it"
-
-
 def _strings(path: Path) -> Iterator[tuple[str, str]]:
     """Every key path and string of a JSON, JSON-lines or YAML file; the lines of any other."""
-    text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix == ".jsonl":
-        values: list[Any] = [json.loads(line) for line in text.splitlines() if line.strip()]
+        values: list[Any] = list(read_rows(path))
     elif path.suffix == ".json":
-        values = [json.loads(text)]
+        values = [parsed(read_bounded(path), str(path))]
     elif path.suffix in (".yaml", ".yml"):
-        values = [yaml.safe_load(text)]
+        values = [config(path.parent) if path.name == "config.resolved.yaml" else yaml.safe_load(read_bounded(path))]
     else:
-        values = text.splitlines()
+        values = list(read_bounded(path).decode(errors="replace").splitlines())
     for value in values:
         yield from _leaves("", value)
 

@@ -20,7 +20,7 @@ ALL_RUNS = """\
 from hcms_lab.report.registry import exhibit
 
 {name} = exhibit("{name}")
-folder = None  # it reads the newest records of every experiment"""
+folder = None  # it reads the committed records of every experiment"""
 MAKE = """\
 shown = {name}.of(folder)
 {name}.save(shown)

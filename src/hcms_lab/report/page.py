@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from hcms_lab.ground.errors import UsageError
@@ -23,6 +25,7 @@ from hcms_lab.report.tables import to_markdown
 
 if TYPE_CHECKING:
     from bs4 import BeautifulSoup
+    from nbformat import NotebookNode
 
 TITLE = "HCMS: head-chunked sequence parallelism, reproduced"
 LEAD = (
@@ -57,20 +60,21 @@ class Section:
     parts: list[Part]
 
 
-def build(root: Path = ROOT, *, up: str = "..") -> str:
-    """The page as HTML.
+def build(root: Path = ROOT, *, up: str = "..", own: bool = False) -> str:
+    """The page as HTML. No file of the repository changes.
 
     Args:
         root: the repository.
         up: from the page's folder to `root`, for links.
+        own: judge and draw this machine's newest runs where there are any, and not committed ones alone.
     """
     import jinja2
     from markupsafe import Markup
     from pygments.formatters import HtmlFormatter
 
-    notebooks = _notebooks(root)  # first: one that is run draws the figures and writes the tables shown above it
+    notebooks = _notebooks(root, own)
     sections = [
-        Section("Claims", "claims", [Part(html=_markdown(readme.results(root), up))]),
+        Section("Claims", "claims", [Part(html=_markdown(readme.results(root, own=own), up))]),
         Section("Figures", "figures", _figures(root, up)),
         Section("Hardware", "hardware", _hardware(root, up)),
         Section("Tables", "tables", _tables(root, up)),
@@ -158,7 +162,7 @@ def _hardware(root: Path, up: str) -> list[Part]:
                 narrow=True,
                 alt=comparison.alt(),
                 caption=f"{experiment.what} One colour a hardware; its own Ulysses is 1.",
-                command=f"python experiments/compare.py {experiment.name}",
+                command=f"hcms-lab compare {experiment.name}",
                 html=f"{notes}<details><summary>Numbers</summary>{tables}</details>",
             )
         )
@@ -181,30 +185,22 @@ def _tables(root: Path, up: str) -> list[Part]:
     return parts
 
 
-def _notebooks(root: Path) -> list[Part]:
+def _notebooks(root: Path, own: bool) -> list[Part]:
     """Each notebook as it stands, folded; one without outputs is run first, and one that fails says why."""
     import nbformat
     from bs4 import BeautifulSoup
-    from nbclient.exceptions import CellExecutionError
     from nbconvert import HTMLExporter
-    from nbconvert.preprocessors import ExecutePreprocessor
 
     exporter = HTMLExporter(template_name="basic", exclude_anchor_links=True)
     exporter.log.setLevel("ERROR")  # it warns of alternative texts that are added below
-    # A kernel on this machine warns of every client that could listen: not news, a line a notebook.
-    runner = ExecutePreprocessor(timeout=600, extra_arguments=["--IPKernelApp.log_level=ERROR"])
     known = {experiment.name: experiment for experiment in readme.experiments(root)}
     parts = []
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
-        if not any(cell.get("outputs") for cell in notebook.cells):
-            try:
-                runner.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
-            except CellExecutionError as error:
-                parts.append(
-                    Part(id=f"{path.stem}-notebook", note=f"{path.name} did not run: {error.ename}: {error.evalue}")
-                )
-                continue
+        is_shown = any(cell.get("outputs") for cell in notebook.cells)
+        if not is_shown and (why := _run(notebook, path.parent, own)):
+            parts.append(Part(id=f"{path.stem}-notebook", note=f"{path.name} did not run: {why}"))
+            continue
         body, _ = exporter.from_notebook_node(notebook)
         page = BeautifulSoup(body, "html.parser")
         experiment = known.get(path.stem)
@@ -218,6 +214,27 @@ def _notebooks(root: Path) -> list[Part]:
         html = f'<details class="notebook"><summary>{what}</summary>{page}</details>'
         parts.append(Part(id=f"{path.stem}-notebook", html=html))
     return parts
+
+
+def _run(notebook: NotebookNode, where: Path, own: bool) -> str:
+    """Run a notebook for its outputs; what it draws goes where it is then gone. Returns why it failed, or ""."""
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    with TemporaryDirectory() as elsewhere:
+        env = {**os.environ, "HCMS_OUT": elsewhere} | ({} if own else {"HCMS_RUN": "committed"})
+        client = NotebookClient(
+            notebook,
+            timeout=600,
+            resources={"metadata": {"path": str(where)}},
+            # A kernel on this machine warns of every client that could listen: not news, a line a notebook.
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
+        )
+        try:
+            client.execute(env=env)
+        except CellExecutionError as error:
+            return f"{error.ename}: {error.evalue}"
+    return ""
 
 
 def _markdown(text: str, up: str) -> str:
@@ -263,5 +280,5 @@ def _footer(root: Path) -> str:
             ["git", "log", "-1", "--format=%h, %cs"], cwd=root, capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return "Made by make site."
-    return f"Made by make site at commit {done.stdout.strip()}."
+        return "Made by make page."
+    return f"Made by make page at commit {done.stdout.strip()}."

@@ -16,7 +16,15 @@ import pandas as pd
 
 from hcms_lab.ground import experiments as declared
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.ground.load import committed_folders, committed_runs, environment, hardware_name, records
+from hcms_lab.ground.load import (
+    committed_folders,
+    committed_runs,
+    environment,
+    hardware_name,
+    judged_runs,
+    newest_runs,
+    records,
+)
 from hcms_lab.ground.paths import ROOT
 from hcms_lab.report.registry import exhibits
 from hcms_lab.report.table1 import short
@@ -46,9 +54,9 @@ def experiments(root: Path = ROOT) -> list[Experiment]:
     return [Experiment(e.name, e.command, e.title) for e in declared.experiments(root)]
 
 
-def results(root: Path = ROOT) -> str:
-    """The claims against the committed records; a run of the reader's own does not make the README stale."""
-    shown = short(partial(committed_runs, root=root))
+def results(root: Path = ROOT, *, own: bool = False) -> str:
+    """The claims against the committed records; a run of the reader's own counts only where it is asked for."""
+    shown = short(partial(judged_runs, root=root, own=own))
     return f"{to_markdown(shown)}\nWhere, how often, and by which rule: [Table 1](paper_tables/table1.md).\n"
 
 
@@ -79,9 +87,9 @@ def figures(root: Path = ROOT) -> str:
     return to_markdown(pd.DataFrame(rows))
 
 
-def comparison(root: Path = ROOT) -> str:
+def comparison(root: Path = ROOT, *, own: bool = False) -> str:
     """Who is ahead of which peer: a row a point of every committed run of Table 5."""
-    runs = committed_runs("table5", root)
+    runs = newest_runs("table5", root) if own else committed_runs("table5", root)
     if not runs:
         return f"Table 5: {NOT_YET}.\n"
     rows = [leads(run).assign(on=hardware_name(run.attrs["folder"])) for run in runs]
@@ -111,16 +119,17 @@ def hardware(root: Path = ROOT) -> str:
     return to_markdown(pd.DataFrame(rows)) if rows else f"No committed records: {NOT_YET}.\n"
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {
+BLOCKS: dict[str, Callable[..., str]] = {
     "results": results,
     "figures": figures,
     "comparison": comparison,
     "hardware": hardware,
 }
+READS_RUNS = ("results", "comparison")  # blocks that can count this machine's own
 
 
-def updated(text: str, root: Path = ROOT) -> str:
-    """`text` with every marked part written anew.
+def updated(text: str, root: Path = ROOT, *, own: bool = False) -> str:
+    """`text` with every marked part written anew; with `own`, claims and comparison count this machine's newest runs.
 
     Raises:
         UsageError: a marker without its counterpart, an unknown name, or no marker at all.
@@ -131,7 +140,11 @@ def updated(text: str, root: Path = ROOT) -> str:
     unknown = sorted(set(begins) - set(BLOCKS))
     if unknown or not begins:
         raise UsageError(f"README markers {unknown or 'are missing'}: known are {', '.join(BLOCKS)}")
-    return _MARKED.sub(lambda match: f"{match[1]}{BLOCKS[match[2]](root).strip()}\n{match[4]}", text)
+
+    def write(name: str) -> str:
+        return BLOCKS[name](root, own=own) if name in READS_RUNS else BLOCKS[name](root)
+
+    return _MARKED.sub(lambda match: f"{match[1]}{write(match[2]).strip()}\n{match[4]}", text)
 
 
 def _time(exp: str, root: Path) -> str:

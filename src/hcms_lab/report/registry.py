@@ -58,8 +58,17 @@ class Exhibit:
         return None if self.reads_all else load.newest(self.name)
 
     def of(self, folder: Path | str | None) -> Any:
-        """The figure or table of a run's folder."""
-        return self.make() if self.reads_all or folder is None else self.make(load.records(folder))
+        """The figure or table of a run's folder. That of a reduced run says so, in its title or caption."""
+        if self.reads_all or folder is None:
+            return self.make()
+        shown = self.make(load.records(folder))
+        if less := load.reduced(folder):
+            if self.is_figure:
+                shown.suptitle("\n".join(filter(None, (f"reduced run: {less}", shown.get_suptitle()))))
+                shown.set_label(f"{shown.get_label()} A reduced run: {less}.")
+            else:
+                shown.attrs["caption"] = f"Reduced run: {less}. {shown.attrs['caption']}"
+        return shown
 
     def pictures(self, folder: Path | str) -> list[Path]:
         """Its stills in a run's folder, where that has some."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hcms.methods import METHODS
-from hcms_lab.ground.paths import ROOT
+from hcms_lab.ground.paths import OUT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +105,7 @@ def hardware_colours(hardware: Iterable[str]) -> dict[str, str]:
     return {name: cycle[i % len(cycle)] for i, name in enumerate(dict.fromkeys(hardware))}
 
 
-def save(fig: Figure, name: str, *, alt: str = "", folder: Path = ROOT / "figures") -> list[Path]:
+def save(fig: Figure, name: str, *, alt: str = "", folder: Path = OUT / "figures") -> list[Path]:
     """Write `<name>.pdf` and `<name>.png` into `folder`, and close the figure.
 
     Args:

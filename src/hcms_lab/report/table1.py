@@ -11,7 +11,7 @@ from functools import partial
 
 import pandas as pd
 
-from hcms_lab.ground.load import newest_runs
+from hcms_lab.ground.load import judged_runs
 from hcms_lab.report import judge_clips, judge_equivalence, judge_latency, judge_ratio
 from hcms_lab.report.claims import Claim, claims
 from hcms_lab.report.evidence import NOT_YET, Finding, Read
@@ -36,16 +36,16 @@ CAPTION = (
 )
 
 
-def findings(read: Read = newest_runs) -> dict[str, Finding]:
+def findings(read: Read = judged_runs) -> dict[str, Finding]:
     """What records say of each claim.
 
     Args:
-        read: gives the records of an experiment, a table each run; `committed_runs` leaves this machine's own out.
+        read: gives the records of an experiment, a table each run; `judged_runs` leaves out this machine's own.
     """
     return {claim.name: JUDGES[claim.name](claim, read) for claim in claims().values()}
 
 
-def short(read: Read = newest_runs) -> pd.DataFrame:
+def short(read: Read = judged_runs) -> pd.DataFrame:
     """A row a claim in four columns: the claim, the paper's figure, our best evidence in a cell, the verdict."""
     by_claim = findings(read)
     rows = [
@@ -61,7 +61,7 @@ def short(read: Read = newest_runs) -> pd.DataFrame:
 
 
 @register("table1", "The paper's claims against the records", reads_all=True)
-def table1(read: Read = newest_runs) -> pd.DataFrame:
+def table1(read: Read = judged_runs) -> pd.DataFrame:
     """A row a piece of evidence, the best first; what belongs to the claim stands in its first row.
 
     Args:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from hcms_lab.ground.paths import ROOT
+from hcms_lab.ground.paths import OUT
 
-TABLES = ROOT / "paper_tables"
+TABLES = OUT / "paper_tables"
 
 PAGE_CHARACTERS = 105  # of footnotesize in the width of a page, the space between columns taken off
 LONG = 26  # characters from which a column is wrapped in LaTeX

@@ -24,7 +24,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +31,8 @@ from omegaconf import OmegaConf
 
 from hcms_lab.ground.checks import one_of
 from hcms_lab.ground.config import AXES, WANDB_MODES, BaseConfig
+from hcms_lab.ground.private import scrubbed
+from hcms_lab.report.published import published
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,13 +77,16 @@ class Mirror:
         self._env = env
         self._source = source
         self._axis = str(cfg.about.axis)
-        self._offset = 0  # bytes of records.jsonl that are mirrored
+        self._mirrored: set[bytes] = set()  # lines of records.jsonl
+        self._earlier: set[bytes] = set()  # those of a run that is resumed: some of them may yet be measured again
+        self._stamp: tuple[int, ...] = ()  # of the file when it was last read
         self._run: Any = None
         self._lock = threading.Lock()
         self._saved_variables: dict[str, str | None] = {}
 
     def __enter__(self) -> Mirror:
         if self._cfg.wandb.mode != "disabled":
+            self._earlier = set(self._lines())
             self._keep_files_in_the_folder()
             with self._not_fatal("could not start"):
                 self._run = self._start(self._cfg.wandb.mode)
@@ -96,13 +100,16 @@ class Mirror:
             else:
                 os.environ[name] = value
 
-    def poll(self) -> int:
-        """Log the records appended since the last call; returns how many there were."""
+    def poll(self, *, earlier: bool = False) -> int:
+        """Log the records appended since the last call; returns how many there were.
+
+        Those that were there at the start wait for the end (`earlier`): a resumed run may replace some.
+        """
         with self._lock:
             run = self._run
             if run is None:
                 return 0
-            rows = self._new_rows()
+            rows = self._new_rows(earlier)
             with self._not_fatal("could not log"):
                 for row in rows:
                     run.log(self._case(row))
@@ -116,7 +123,9 @@ class Mirror:
         """
         if self._run is None:
             return
-        self.poll()  # `_close` takes the run from a thread that goes on polling
+        self.poll(earlier=True)  # `_close` takes the run from a thread that goes on polling
+        if self._run is None:  # W&B failed, and that was said
+            return
         with self._not_fatal("could not log the results"):
             self._log_results([path for path in figures if path.is_file()])
         self._close(exit_code=0)
@@ -141,7 +150,7 @@ class Mirror:
     def _init(self, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
-        hardware = dict(self._env.get("hardware") or {})
+        hardware = scrubbed(dict(self._env.get("hardware") or {}))
         slug = str(hardware.get("slug", "unknown"))
         settings = wandb.Settings(
             console="off",
@@ -189,11 +198,6 @@ class Mirror:
                 pending.unlink(missing_ok=True)
 
     def _config(self, hardware: dict[str, Any]) -> dict[str, Any]:
-        cfg = OmegaConf.structured(self._cfg) if is_dataclass(self._cfg) else self._cfg
-        experiment = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[arg-type]
-        assert isinstance(experiment, dict)
-        for machine_only in ("output", "resume", "wandb"):  # paths and accounts say nothing about a measurement
-            experiment.pop(machine_only, None)
         config = {key: self._env.get(key) for key in ("link", "commit", "dirty", "python", "torch", "driver", "cuda")}
         versions = dict(self._env.get("versions") or {})
         return {
@@ -202,7 +206,7 @@ class Mirror:
             "versions": versions,
             "exp": self.exp,
             "source": self._source,
-            "experiment": experiment,
+            "experiment": published(self._cfg),
         }
 
     def _keep_files_in_the_folder(self) -> None:
@@ -229,16 +233,26 @@ class Mirror:
 
     # --- what is logged ----------------------------------------------------------------------------------------------
 
-    def _new_rows(self) -> list[dict[str, Any]]:
+    def _lines(self) -> list[bytes]:
+        """The whole lines of the records; one that is still being written waits for the next poll."""
+        file = self.folder / "records.jsonl"
+        text = file.read_bytes() if file.is_file() else b""
+        return [line for line in text[: text.rfind(b"\n") + 1].splitlines() if line.strip()]
+
+    def _new_rows(self, earlier: bool) -> list[dict[str, Any]]:
+        """Records may also be replaced (a resumed run measures a case again), so lines are known by their content."""
         file = self.folder / "records.jsonl"
         if not file.is_file():
             return []
-        with file.open("rb") as stream:
-            stream.seek(self._offset)
-            text = stream.read()
-        whole = text[: text.rfind(b"\n") + 1]  # a line that is still being written waits for the next poll
-        self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines() if line.strip()]
+        stat = file.stat()
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if stamp == self._stamp and not earlier:
+            return []
+        self._stamp = stamp
+        left_out = self._mirrored if earlier else self._mirrored | self._earlier
+        lines = [line for line in self._lines() if line not in left_out]
+        self._mirrored.update(lines)
+        return [json.loads(line) for line in lines]
 
     def _case(self, row: Mapping[str, Any]) -> dict[str, float]:
         from hcms_lab.ground.load import plan
@@ -250,11 +264,12 @@ class Mirror:
     def _log_results(self, figures: list[Path]) -> None:
         import wandb
 
-        from hcms_lab.ground.load import records
+        from hcms_lab.ground.load import frame
 
         run = self._run
-        if (self.folder / "records.jsonl").is_file() and self._offset:
-            table = records(self.folder)
+        rows = scrubbed([json.loads(line) for line in self._lines()])
+        if rows:
+            table = frame(rows)
             for row in best(table, self._axis).to_dict("records"):
                 values = {f"{self.exp}/best/{metric}/{row['series']}": value for metric, value in _metrics(row)}
                 run.log(_numbers(values | _axes(row)))
@@ -270,10 +285,17 @@ class Mirror:
         for path in figures:
             if path.suffix == ".png":
                 run.log({f"figures/{path.stem}": wandb.Image(str(path))})
-        artifact = wandb.Artifact(f"{self.exp}-records", type="records", metadata=dict(self._env))
-        for name in ("records.jsonl", "env.json", "config.resolved.yaml"):
-            if (self.folder / name).is_file():
-                artifact.add_file(str(self.folder / name))
+        env = scrubbed(dict(self._env))
+        artifact = wandb.Artifact(f"{self.exp}-records", type="records", metadata=env)
+        for name, text in {
+            "records.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+            "env.json": json.dumps(env, indent=2) + "\n",
+            "settings.yaml": OmegaConf.to_yaml(published(self._cfg)),
+        }.items():
+            copy = self.folder / "wandb" / "published" / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text, encoding="utf-8")
+            artifact.add_file(str(copy), name=name)
         for path in sorted((self.folder / "traces").rglob("*.json")):
             artifact.add_file(str(path), name=path.relative_to(self.folder).as_posix())
         for path in figures:

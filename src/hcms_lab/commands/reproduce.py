@@ -1,9 +1,9 @@
 """Run every experiment that has a time budget, one after the other, and redraw every figure and table.
 
-    python experiments/reproduce.py                            # all: under 40 minutes on 2 idle cores
-    python experiments/reproduce.py --only fig5,table2         # some of them
-    python experiments/reproduce.py --draw                     # no measurement: redraw from the newest records
-    python experiments/reproduce.py bench.iterations=3 ...     # settings go to every experiment
+    hcms-lab reproduce                            # all: under 40 minutes on 2 idle cores
+    hcms-lab reproduce --only fig5,table2         # some of them
+    hcms-lab reproduce --draw                     # no measurement: redraw from the newest records
+    hcms-lab reproduce bench.iterations=3 ...     # settings go to every experiment
 
 A yaml in conf/exp/ takes part by `about.budget_min`; `about.gpus` keeps it off machines with fewer. What an experiment
 prints goes to outputs/reproduce/<name>.log. The exit status is 1 where one failed; the others still run.
@@ -11,14 +11,15 @@ prints goes to outputs/reproduce/<name>.log. The exit status is 1 where one fail
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from time import perf_counter
 
 from hcms.hardware import visible_gpus
+from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.experiments import Experiment, experiments
 from hcms_lab.ground.paths import ROOT
 
@@ -33,7 +34,7 @@ def steps() -> list[Experiment]:
     return sorted(found, key=lambda step: LAST.index(step.name) + 1 if step.name in LAST else 0)
 
 
-def run(command: list[str], log: Path) -> tuple[int, float]:
+def logged(command: list[str], log: Path) -> tuple[int, float]:
     """Exit status and seconds of a command, its output in `log`."""
     began_s = perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -53,17 +54,18 @@ def told(status: int, seconds: float, log: Path) -> str:
     return f"FAILED after {time}: {lines[-1].strip() if lines else 'no output'} (see {log.relative_to(ROOT)})"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for every experiment")
     parser.add_argument("--only", default="", help="names of experiments, comma-separated")
     parser.add_argument("--draw", action="store_true", help="measure nothing, redraw")
-    arguments, settings = parser.parse_known_args(argv)
+
+
+def run(arguments: Namespace) -> int:
     wanted = steps()
     if arguments.only:
         names = arguments.only.split(",")
         if unknown := sorted(set(names) - {step.name for step in wanted}):
-            print(f"error: --only {unknown[0]}: choose of {', '.join(s.name for s in wanted)}", file=sys.stderr)
-            return 2
+            raise UsageError(f"--only {unknown[0]}: choose of {', '.join(s.name for s in wanted)}")
         wanted = [step for step in wanted if step.name in names]
     failed: list[str] = []
     began_s = perf_counter()
@@ -75,23 +77,19 @@ def main(argv: list[str] | None = None) -> int:
             if visible_gpus() < step.gpus:
                 print(f"skipped: needs {step.gpus} GPUs, {visible_gpus()} visible", flush=True)
                 continue
-            command = [sys.executable, "experiments/run.py", f"+exp={step.name}", *settings]
+            command = [sys.executable, "experiments/run.py", f"+exp={step.name}", *arguments.settings]
             log = LOGS / f"{step.name}.log"
-            status, seconds = run(command, log)
+            status, seconds = logged(command, log)
             print(told(status, seconds, log), flush=True)
             failed += [step.name] * (status != 0)
     for step in wanted:
         notebook = ROOT / "notebooks" / f"{step.name}.ipynb"
         if notebook.exists():
             log = LOGS / f"{step.name}-notebook.log"
-            status, seconds = run([sys.executable, *EXECUTE, str(notebook)], log)
+            status, seconds = logged([sys.executable, *EXECUTE, str(notebook)], log)
             if status:
                 print(f"drawing {step.name}: {told(status, seconds, log)}", flush=True)
                 failed.append(f"{step.name}.ipynb")
     minutes = (perf_counter() - began_s) / 60
     print(f"{minutes:.1f} min; " + (f"failed: {', '.join(failed)}" if failed else "all figures and tables redrawn"))
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,11 +14,11 @@ import pytest
 from bs4 import BeautifulSoup
 from PIL import Image
 
-from made_runs import make_repository, script
+from hcms_lab.cli import main
+from made_runs import make_repository
 
 pytestmark = pytest.mark.t0
 
-main = script("site").main
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # Reports, in the page's title, pictures that did not load and how far the page is wider than the window.
@@ -42,7 +42,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A notebook"), code])
     nbformat.write(notebook, root / "notebooks" / "fig3.ipynb")
-    assert main(["--root", str(root)]) == 0
+    assert main(["page", "--root", str(root)]) == 0
     return root / "site" / "index.html"
 
 

@@ -1,8 +1,8 @@
 """Upload the W&B runs that were made offline, each once.
 
-    python experiments/sync.py              # everything under outputs/ that W&B does not have yet
-    python experiments/sync.py --dry-run    # say what would be uploaded; needs neither key nor network
-    python experiments/sync.py outputs/fig3
+    hcms-lab sync              # everything under outputs/ that W&B does not have yet
+    hcms-lab sync --dry-run    # say what would be uploaded; needs neither key nor network
+    hcms-lab sync outputs/fig3
 
 What was uploaded is remembered by a marker that `wandb sync` leaves beside each run. Of a run that was resumed, only
 the newest mirror is uploaded: it holds all records. Exit status 1 where an upload failed, 2 where none could start.
@@ -10,19 +10,21 @@ the newest mirror is uploaded: it holds all records. Exit status 1 where an uplo
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from hcms_lab.report.wandb_mirror import PENDING, reach
+from hcms_lab.ground.errors import UsageError
 
 TIMEOUT_S = 900
 
 
 def waiting(root: Path) -> list[Path]:
     """W&B run directories under `root` that are not uploaded: the newest of each run's folder."""
+    from hcms_lab.report.wandb_mirror import PENDING
+
     found = []
     for folder in sorted(path for path in root.rglob("wandb") if path.is_dir() and not path.parent.is_symlink()):
         runs = [*folder.glob("offline-run-*"), *(folder.glob("run-*") if (folder / PENDING).exists() else [])]
@@ -34,6 +36,8 @@ def waiting(root: Path) -> list[Path]:
 
 def upload(run: Path) -> str | None:
     """Upload one run; returns None, or in one line why it failed."""
+    from hcms_lab.report.wandb_mirror import PENDING
+
     command = [sys.executable, "-m", "wandb", "sync", "--include-online", str(run)]
     try:
         done = subprocess.run(
@@ -51,21 +55,24 @@ def upload(run: Path) -> str | None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("root", nargs="?", type=Path, default=Path("outputs"), help="where to look; default outputs")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be uploaded")
-    arguments = parser.parse_args(argv)
+
+
+def run(arguments: Namespace) -> int:
     runs = waiting(arguments.root)
     if not runs:
         print(f"nothing to upload under {arguments.root}")
         return 0
     if arguments.dry_run:
-        for run in runs:
-            print(f"would upload {os.path.relpath(run)}")
+        for waits in runs:
+            print(f"would upload {os.path.relpath(waits)}")
         return 0
 
     import wandb
+
+    from hcms_lab.report.wandb_mirror import reach
 
     wandb.setup(wandb.Settings(silent=True))
     try:
@@ -73,15 +80,10 @@ def main(argv: list[str] | None = None) -> int:
             raise OSError("no key: run `wandb login` or set WANDB_API_KEY")
         reach(wandb.setup().settings.base_url)
     except Exception as error:
-        print(f"error: W&B cannot be reached ({error}); {len(runs)} runs wait under {arguments.root}", file=sys.stderr)
-        return 2
+        raise UsageError(f"W&B cannot be reached ({error}); {len(runs)} runs wait under {arguments.root}") from None
     failed = 0
-    for run in runs:
-        reason = upload(run)
+    for waits in runs:
+        reason = upload(waits)
         failed += reason is not None
-        print(f"uploaded {os.path.relpath(run)}" if reason is None else f"failed {os.path.relpath(run)}: {reason}")
+        print(f"uploaded {os.path.relpath(waits)}" if reason is None else f"failed {os.path.relpath(waits)}: {reason}")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

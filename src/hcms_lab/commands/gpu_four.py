@@ -4,23 +4,24 @@ Every step is one experiment of run.py at full size; `slow` steps run with NCCL_
 which is the paper's regime on the same GPUs. A step that has ended is not run
 again, one that was cut off goes on where it was: call again until all are done. Place what came out with
 
-    python experiments/contribute.py outputs/gpu-four/fast/fig3/latest
-    python experiments/contribute.py outputs/gpu-four/slow/fig3/latest --variant p2p-off
+    hcms-lab contribute outputs/gpu-four/fast/fig3/latest
+    hcms-lab contribute outputs/gpu-four/slow/fig3/latest --variant p2p-off
 
-    python experiments/gpu_four.py [--minutes 9] [--list] [key=value ...]    # settings go to every step
+    hcms-lab gpu-four [--minutes 9] [--list] [key=value ...]    # settings go to every step
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from time import perf_counter
 
 from hcms.hardware import visible_gpus
-from hcms_lab.ground.paths import ROOT
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.paths import ROOT, UNFINISHED
 
 LINKS = {"fast": {}, "slow": {"NCCL_P2P_DISABLE": "1"}}
 EXPERIMENTS = ("calibrate", "fig3", "fig4", "fig2", "fig5", "fig8", "table2", "table3", "table5", "fig7")
@@ -35,48 +36,52 @@ def is_done(name: str, link: str, output: Path) -> bool:
     return (folder_of(name, link, output) / "latest").exists()
 
 
-def command(name: str, link: str, output: Path, settings: list[str]) -> list[str]:
-    """The step's command; it resumes the newest run that was cut off with records."""
-    begun = sorted(p.parent for p in folder_of(name, link, output).glob("*/records.jsonl"))
-    resume = [f"resume={begun[-1]}"] if begun else []
+def resumes(name: str, link: str, output: Path) -> list[str]:
+    """What makes a step go on where it was cut off."""
+    unfinished = folder_of(name, link, output) / UNFINISHED
+    return [f"resume={unfinished}"] if unfinished.is_symlink() else []
+
+
+def command(name: str, link: str, output: Path, resume: list[str], settings: list[str]) -> list[str]:
     return [sys.executable, "experiments/run.py", f"+exp={name}", f"output={output / link}", *resume, *settings]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for every step")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no step later, cut off the last")
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu-four"))
     parser.add_argument("--list", action="store_true", help="show the steps, run nothing")
-    arguments, settings = parser.parse_known_args()
+
+
+def run(arguments: Namespace) -> int:
     if arguments.list:
         for name, link in STEPS:
             print(f"{'done' if is_done(name, link, arguments.output) else 'to do':6} {link:5} {name}")
         return 0
     if visible_gpus() < 2:
-        print(f"error: {visible_gpus()} GPUs are visible here; this needs 2 at least", file=sys.stderr)
-        return 2
+        raise UsageError(f"{visible_gpus()} GPUs are visible here; this needs 2 at least")
     ends_s, failed = perf_counter() + 60 * arguments.minutes, 0
     for name, link in STEPS:
         if is_done(name, link, arguments.output):
             continue
-        left_s = ends_s - perf_counter()
-        if left_s < 30:
+        if ends_s - perf_counter() < 30:
             print("out of time: call again for the rest")
             break
         print(f"== {name}, {link} link", flush=True)
         try:
-            done = subprocess.run(
-                command(name, link, arguments.output, settings),
-                cwd=ROOT,
-                env={**os.environ, **LINKS[link]},
-                timeout=left_s,
-            )
-            failed += done.returncode != 0
+            status = 2
+            # A step that was cut off under other code or settings is refused with 2, and begins anew.
+            for resume in filter(None, (resumes(name, link, arguments.output), ["resume=null"])):
+                if status == 2:
+                    done = subprocess.run(
+                        command(name, link, arguments.output, resume, arguments.settings),
+                        cwd=ROOT,
+                        env={**os.environ, **LINKS[link]},
+                        timeout=ends_s - perf_counter(),
+                    )
+                    status = done.returncode
+            failed += status != 0
         except subprocess.TimeoutExpired:
             print(f"{name}: cut off; call again and it goes on", flush=True)
             break
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,24 +4,26 @@ Tests of the CUDA lanes (races, sanitizer, memory checker), the cost of attentio
 the machinery, and one denoising step of Wan2.2-A14B with random weights. Records are appended as they are made; a short
 table is printed last. Needs torch and pytest on a machine with a GPU; diffusers and hydra-core for the last part.
 
-    python experiments/gpu_one.py [--output outputs/gpu-one] [--only tests,attend,copies,machinery,layers,wan]
+    hcms-lab gpu-one [--output outputs/gpu-one] [--only tests,attend,copies,machinery,layers,wan]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
 import traceback
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-ROOT = Path(__file__).resolve().parent.parent
+from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.paths import ROOT
+
 PARTS = ("tests", "attend", "copies", "machinery", "layers", "wan")
 
 
@@ -78,20 +80,19 @@ def run_tests(folder: Path) -> Iterator[tuple[str, bool, str]]:
         yield name, ok, f"{last.strip('= ')} ({perf_counter() - began_s:.0f} s)"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu-one"))
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS)}")
-    args = parser.parse_args()
-    wanted = args.only.split(",")
+
+
+def run(arguments: Namespace) -> int:
+    wanted = arguments.only.split(",")
     if unknown := [p for p in wanted if p not in PARTS]:
-        print(f"error: --only {unknown[0]}: choose of {', '.join(PARTS)}", file=sys.stderr)
-        return 2
+        raise UsageError(f"--only {unknown[0]}: choose of {', '.join(PARTS)}")
     import torch
 
     if not torch.cuda.is_available():
-        print("error: no GPU is visible here; this script needs one", file=sys.stderr)
-        return 2
+        raise UsageError("no GPU is visible here; this command needs one")
     import torch.distributed as dist
 
     from hcms.hardware import hardware
@@ -99,14 +100,13 @@ def main() -> int:
     from hcms_lab.measure import one_gpu
     from hcms_lab.measure.environment import environment
 
-    folder: Path = args.output
+    folder: Path = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
     here = hardware("cuda")
     env = environment(here, "none", "cuda")
     before = folder / "env.json"
     if before.is_file() and (theirs := json.loads(before.read_text())["commit"]) != env["commit"]:
-        print(f"error: {folder} holds records of commit {theirs}: give another folder by --output", file=sys.stderr)
-        return 2
+        raise UsageError(f"{folder} holds records of commit {theirs}: give another folder by --output")
     before.write_text(json.dumps(env, indent=2) + "\n")
     file = RecordFile(folder / "records.jsonl")
     if "tests" in wanted:
@@ -166,7 +166,3 @@ def show(r) -> None:
         f"{'ok  ' if r.ok else 'FAIL'} {r.method} {size}{time}{rate}{share}{' ' + r.error if r.error else ''}",
         flush=True,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,38 +1,37 @@
 """Write the generated parts of README.md anew from the committed records and tables.
 
-    python experiments/readme.py            # rewrite
-    python experiments/readme.py --check    # change nothing; exit status 1 where a part is stale
+    hcms-lab readme            # rewrite
+    hcms-lab readme --check    # change nothing; exit status 1 where a part is stale
+    hcms-lab readme --own      # this machine's newest runs stand in for committed ones: to look at, not to commit
 
 The parts stand between `<!-- begin:NAME -->` and `<!-- end:NAME -->`: results, figures, comparison, hardware.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.paths import ROOT
-from hcms_lab.report.readme import updated
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="only say whether README.md is stale")
-    parser.add_argument("--root", type=Path, default=ROOT, help="the repository; default the one this script lies in")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--own", action="store_true", help="read this machine's newest runs before committed ones")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository; default the one this code lies in")
+
+
+def run(arguments: Namespace) -> int:
+    from hcms_lab.report.readme import updated
+
     path = arguments.root / "README.md"
     if not path.is_file():
-        print(f"error: {path} is missing", file=sys.stderr)
-        return 2
+        raise UsageError(f"{path} is missing")
     text = path.read_text(encoding="utf-8")
-    try:
-        fresh = updated(text, arguments.root)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    fresh = updated(text, arguments.root, own=arguments.own)
     if fresh == text:
         print("README.md is up to date")
         return 0
@@ -44,7 +43,3 @@ def main(argv: list[str] | None = None) -> int:
     path.write_text(fresh, encoding="utf-8")
     print("wrote README.md")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,100 @@
+"""One command line: every command has a line, a help of its own and a target; old paths say where they went."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from hcms_lab import commands
+from hcms_lab.cli import COMMANDS, main
+from hcms_lab.ground.paths import ROOT
+
+pytestmark = pytest.mark.t0
+
+MOVED = ("compare", "contribute", "dashboard")  # paths in experiments/ that the README ever gave
+
+
+def test_every_command_is_a_module_and_every_module_a_command() -> None:
+    modules = {path.stem.replace("_", "-") for path in Path(commands.__path__[0]).glob("[a-z]*.py")}
+    assert modules == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_has_a_help_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: hcms-lab {name}")
+    assert f"hcms-lab {name}" in (import_module(f"hcms_lab.commands.{name.replace('-', '_')}").__doc__ or "")
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_the_help_lists_them_all_in_a_line_and_imports_nothing_heavy() -> None:
+    code = "import sys; from hcms_lab.cli import main\n"
+    code += "try: main(['--help'])\nfinally: print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name, line in COMMANDS.items():
+        assert f"  {name:11} {line}\n" in done.stdout
+    assert not {"torch", "pandas", "matplotlib", "hydra", "wandb"} & set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required"),
+        (["comparre"], "invalid choice: 'comparre'"),
+        (["compare"], "the following arguments are required: runs; hcms-lab compare --help"),
+        (["compare", "fig99"], "fig99: neither a folder with records.jsonl nor an experiment that has records"),
+        (["compare", "../../etc"], "neither a folder with records.jsonl nor an experiment"),
+        (["contribute", "nowhere"], "nowhere is no folder"),
+        (["contribute", "--replays", "x"], "unrecognized arguments: --replays"),
+        (["reproduce", "--only", "fig99"], "--only fig99: choose of"),
+        (["gpu-four", "--minutes", "soon"], "invalid float value: 'soon'"),
+        (["gpu-one", "--only", "everything"], "--only everything: choose of"),
+        (["readme", "--root", "nowhere"], "is missing"),
+        (["dashboard", "entiti=x"], "Options: entity, project, name."),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_it_is_installed_under_its_name() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["hcms-lab"].partition(":")
+    assert getattr(import_module(module), function) is main
+    done = subprocess.run([sys.executable, "-m", "hcms_lab", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: hcms-lab COMMAND")
+
+
+def test_each_has_a_target() -> None:
+    targets = (ROOT / "Makefile").read_text()
+    assert [name for name in COMMANDS if f"$(LAB) {name}" not in targets] == []
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_old_paths_say_where_they_went(name: str) -> None:
+    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), "fig3", "--out", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: experiments/{name}.py has moved; now: hcms-lab {name} fig3 --out x\n"
+    assert name in COMMANDS
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m hcms_lab claims | head -1", shell=True, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("C1  ")
+    assert done.stderr == ""
