@@ -1,4 +1,4 @@
-"""Write the generated parts of README.md anew from the committed records and tables.
+"""Write the generated parts of README.md and MEASURED.md anew from the committed records and tables.
 
     hcms-lab readme            # rewrite
     hcms-lab readme --check    # change nothing; exit status 1 where a part is stale
@@ -18,6 +18,9 @@ from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.paths import ROOT
 
 
+PAGES = ("README.md", "MEASURED.md")  # with generated parts
+
+
 def options(parser: ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="only say whether README.md is stale")
     parser.add_argument("--own", action="store_true", help="read this machine's newest runs before committed ones")
@@ -27,19 +30,23 @@ def options(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     from hcms_lab.report.readme import updated
 
-    path = arguments.root / "README.md"
-    if not path.is_file():
-        raise UsageError(f"{path} is missing")
-    text = path.read_text(encoding="utf-8")
-    fresh = updated(text, arguments.root, own=arguments.own)
-    if fresh == text:
-        print("README.md is up to date")
-        return 0
-    if arguments.check:
-        diff = difflib.unified_diff(text.splitlines(), fresh.splitlines(), "README.md", "make readme", lineterm="", n=0)
-        print("\n".join(diff))
-        print("error: README.md is stale: run make readme", file=sys.stderr)
-        return 1
-    path.write_text(fresh, encoding="utf-8")
-    print("wrote README.md")
-    return 0
+    stale = False
+    for name in PAGES:
+        path = arguments.root / name
+        if not path.is_file():
+            if name == PAGES[0]:
+                raise UsageError(f"{path} is missing")
+            continue
+        text = path.read_text(encoding="utf-8")
+        fresh = updated(text, arguments.root, own=arguments.own)
+        if fresh == text:
+            print(f"{name} is up to date")
+        elif arguments.check:
+            stale = True
+            diff = difflib.unified_diff(text.splitlines(), fresh.splitlines(), name, "make readme", lineterm="", n=0)
+            print("\n".join(diff))
+            print(f"error: {name} is stale: run make readme", file=sys.stderr)
+        else:
+            path.write_text(fresh, encoding="utf-8")
+            print(f"wrote {name}")
+    return 1 if stale else 0
