@@ -61,10 +61,12 @@ class Exhibit:
         """The figure or table of a run's folder. That of a reduced run says so, in its title or caption."""
         if self.reads_all or folder is None:
             return self.make()
+        from hcms_lab.report import parts
+
         shown = self.make(load.records(folder))
         if less := load.reduced(folder):
             if self.is_figure:
-                shown.suptitle("\n".join(filter(None, (f"reduced run: {less}", shown.get_suptitle()))))
+                parts.headline(shown, f"reduced run: {less}", shown.get_suptitle())
                 shown.set_label(f"{shown.get_label()} A reduced run: {less}.")
             else:
                 shown.attrs["caption"] = f"Reduced run: {less}. {shown.attrs['caption']}"
