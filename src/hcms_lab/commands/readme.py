@@ -17,7 +17,6 @@ from pathlib import Path
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.paths import ROOT
 
-
 PAGES = ("README.md", "MEASURED.md")  # with generated parts
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from hcms.schedule.cut import format_cut, parse_cut
+from hcms.schedule.cut import parse_shape
 from hcms_lab.ground import private
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.load import config, environment, plan, records, reduced
@@ -235,7 +235,7 @@ def _traces(folder: Path) -> list[Path]:
 def _cut(cut: Any, cases: pd.DataFrame) -> str | None:
     heads = int(cases["heads"].iloc[0]) // int(cases["world_size"].iloc[0])
     try:
-        return format_cut(parse_cut(cut, heads))
+        return str(parse_shape(cut, heads))
     except ValueError:
         return None
 
