@@ -268,6 +268,22 @@ class IdealCosts:
     def comm_ms(self) -> float:
         return self.attention_ms * self.comm_ratio / (1 - self.comm_ratio)
 
+    @property
+    def holds_sms(self) -> bool:
+        return False
+
+    @property
+    def wire_needs_sms(self) -> bool:
+        return False
+
+    def host_ms(self, op: Op, schedule: Schedule) -> float:
+        return 0.0
+
+    def stages(self, op: Op, schedule: Schedule) -> tuple[Stage, ...]:
+        """What `contend` lets meet: attention on two lanes takes turns, two wires share the link."""
+        kind = "attend" if op.kind == "attend" else "nothing" if op.kind in ("pack", "unpack") else "wire"
+        return (Stage(kind, self.op_cost(op, schedule).lane_ms),)
+
     def op_cost(self, op: Op, schedule: Schedule) -> OpCost:
         if op.kind == "rotate":
             return OpCost(self.comm_ms * self.ranks / 2 / (self.ranks - 1))
@@ -288,7 +304,8 @@ def predict(schedule: Schedule, costs: Costs) -> Timeline:
 
     On one port a third lane adds no bandwidth: both communication lanes are priced as one, in issue order.
     """
-    if isinstance(costs, WorkloadCosts) and not costs.host_computes and (schedule.copies_apart or costs.holds_sms):
+    knows_stages = isinstance(costs, WorkloadCosts | IdealCosts)
+    if knows_stages and not costs.host_computes and (schedule.copies_apart or costs.holds_sms):
         return contend(schedule, costs)
     if getattr(costs, "ports", 1) > 1 or COMM_OUT not in schedule.lanes:
         return simulate(schedule, costs)
