@@ -59,6 +59,11 @@ def widened(x: Tensor) -> Tensor:
         return x
 
 
+def _of(x: Tensor, slots: slice) -> Tensor:
+    """Some slots of a tensor; itself, without a view of it, where they are all."""
+    return x if slots == slice(None) else x[slots]
+
+
 class _View:
     """A tensor `[P, L, B, m, H]` that is copied to or from others of its shape, as wide as both allow."""
 
@@ -68,12 +73,12 @@ class _View:
     def copy_(self, source: _View, at: _Place, slots: slice = slice(None)) -> None:
         """Copy `slots` of a source's `at` into the same slots of this."""
         wide = source._is_wide and self._is_wide
-        self._as(wide)[slots].copy_(source._as(wide)[slots, at.tokens, :, at.heads])
+        _of(self._as(wide), slots).copy_(source._as(wide)[slots, at.tokens, :, at.heads])
 
     def copy_to(self, target: _View, at: _Place, slots: slice = slice(None)) -> None:
         """Copy `slots` of this into a target's `at`."""
         wide = target._is_wide and self._is_wide
-        target._as(wide)[slots, at.tokens, :, at.heads].copy_(self._as(wide)[slots])
+        target._as(wide)[slots, at.tokens, :, at.heads].copy_(_of(self._as(wide), slots))
 
     @property
     def _is_wide(self) -> bool:
