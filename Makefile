@@ -25,7 +25,7 @@ LAB = $(PY) -m hcms_lab
 NBCONVERT := -m nbconvert --log-level=WARN --to notebook --execute --output-dir outputs/notebooks
 
 .PHONY: help setup fig3 test lint types notebooks-check check format notebooks reproduce readme readme-check sync page \
-	contribute compare claims dashboard notebook-files gpu-one gpu-four soak clean
+	contribute compare claims dashboard notebook-files tiny-model gpu-one gpu-four soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -81,6 +81,9 @@ sync: $(SETUP) ## send offline W&B runs to the server
 
 page: $(SETUP) ## build the static results page
 	$(LAB) page $(ARGS)
+
+tiny-model: $(SETUP) ## write a small random pipeline to try the drop-in on (ARGS=folder)
+	$(LAB) tiny-model $(ARGS)
 
 contribute: $(SETUP) ## place a run among the committed records (ARGS=outputs/fig3/latest)
 	$(LAB) contribute $(ARGS)

@@ -21,6 +21,7 @@ COMMANDS = {
     "readme": "write the results into README.md, or say whether it is stale",
     "page": "build the results page, one HTML file",
     "notebooks": "write the notebooks from their template, or say whether one differs",
+    "tiny-model": "write a small random pipeline to try the drop-in on",
     "sync": "upload the W&B runs that were made offline",
     "dashboard": "build the W&B workspace and report",
 }
