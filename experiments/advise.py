@@ -76,7 +76,7 @@ def run(cfg: Settings, folder: Path | None) -> bool:
         for frames in as_list(cfg.latent_frames):
             gpus = gpus_of(cfg.gpu)
             advices = _advices(cfg, gpus, ranks, frames)
-            for line in [*_verdicts(advices), *_variants(cfg, gpus, ranks, frames)]:
+            for line in [*_verdicts(advices), *_held(advices), *_variants(cfg, gpus, ranks, frames)]:
                 console.print(line)
             print_whole(_table(cfg, advices, ranks, frames, notes, limit), limit)
     console.print(LEGEND, style="dim")
@@ -100,6 +100,20 @@ def _verdicts(advices: list[Advice]) -> list[str]:
             for a in sorted(some, key=lambda a: -a.gain)
         ]
         lines.append(f"[{STYLES[verdict]}]{verdict}[/]: {', '.join(each)}")
+    return lines
+
+
+def _held(advices: list[Advice]) -> list[str]:
+    """For whom attention's kernel leaves NCCL no SM, and what would help there: a line for each such kernel."""
+    held = [(a, a.freed_gain) for a in advices if a.freed_gain is not None]
+    lines = []
+    for kernel in dict.fromkeys(a.kernel for a, _ in held):
+        freed = [f"{a.gpu.name} over {a.link} {gain:+.0%}" for a, gain in held if a.kernel == kernel]
+        lines.append(
+            f"{kernel} holds every SM until it ends, and NCCL's exchanges wait for it: they hardly overlap, however "
+            f"heads are cut. What would help is exchanges that need no SM, by hcms-zero: {', '.join(freed)} (predicted; "
+            "measured on one card over link.kind=ghost, not yet between GPUs)."
+        )
     return lines
 
 

@@ -30,6 +30,7 @@ class PredictedRecord(Record):
     predicted_gain: float | None = None
     predicted_gain_low: float | None = None
     predicted_gain_high: float | None = None
+    predicted_gain_freed: float | None = None  # if exchanges needed no SM, where attention's kernel holds them all
     verdict: str | None = None
     assumed: list[str] | None = None
 
@@ -118,7 +119,7 @@ def _records(cfg: Settings, advice: Advice) -> list[Record]:
         if method == "hcms":
             record.cut, record.prefetch, record.plan_reason = format_cut(choice.cut), choice.prefetch, choice.reason
             record.schedule, record.verdict = choice.schedule().name, advice.verdict
-            record.predicted_gain = advice.gain
+            record.predicted_gain, record.predicted_gain_freed = advice.gain, advice.freed_gain
             record.predicted_gain_low, record.predicted_gain_high = advice.gain_low, advice.gain_high
         made.append(record)
     return made

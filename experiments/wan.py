@@ -131,6 +131,7 @@ def run(cfg: Settings, folder: Path | None) -> bool:
                 folder=folder,
                 poll=show,
                 timeout_s=cfg.bench.timeout_s,
+                forked_with=("hcms_lab.measure.wan.clips",),
             )
     found = file.read()
     console = Console()

@@ -64,8 +64,7 @@ def free_port() -> int:
 def killed_after(target: Any, arguments: tuple[Any, ...], after_s: float | None) -> bool:
     """Run a function in a process of its own; whether it was killed before its end."""
     context = get_context("forkserver")
-    # Once for all, and not while a measurement runs: torch's profiler imports its compiler.
-    context.set_forkserver_preload(["hcms_lab.measure.measure", "torch._inductor", "rich.table", __name__])
+    context.set_forkserver_preload(["hcms_lab.measure.measure", "rich.table", __name__])
     process = context.Process(target=target, args=arguments)
     process.start()
     process.join(timeout=after_s)

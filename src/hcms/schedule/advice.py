@@ -7,6 +7,9 @@ predicted gain over the faster of `ulysses` and `ulysses-packed`:
 2. rho of 20 % or more, and the lower end 1 % or more: use it;
 3. rho between 10 and 20 %, and the lower end 5 % or more: use it;
 4. otherwise: little to gain.
+
+Under a kernel that holds every SM an exchange of NCCL's overlaps only where it happens to start before attention does:
+the interval then reaches down to no gain at all, so that nobody is told to use it.
 """
 
 from __future__ import annotations
@@ -17,9 +20,12 @@ from itertools import product
 from hcms.schedule.catalogue import SPREAD, Gpu
 from hcms.schedule.choose import Choice, choose
 from hcms.schedule.cost import Workload, WorkloadCosts, predict
+from hcms.schedule.cut import even, tapered
 from hcms.schedule.schedule import Schedule, ring, serial
+from hcms.schedule.zero import zero
 
 USE, LITTLE, DO_NOT = "use it", "little to gain", "do not"
+_MOST_CHUNKS = 6
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Advice:
             it is, the upper end also with the plan that would suit best there.
         verdict: `use it`, `little to gain` or `do not`.
         assumed: inputs that nobody published.
+        freed_gain: where the kernel holds every SM, the gain of `hcms-zero` if exchanges needed none, as copy engines
+            do not; None for other kernels.
     """
 
     gpu: Gpu
@@ -55,6 +63,7 @@ class Advice:
     gain_high: float
     verdict: str
     assumed: tuple[str, ...]
+    freed_gain: float | None
 
     @property
     def fastest(self) -> str:
@@ -105,6 +114,11 @@ def advise(
     gains = [gain, *(_gain(varied(*ends), hcms, M) for ends in product(tflops, gbps, slowdown))]
     # Where communication weighs most and disturbs least, another plan may suit better.
     gains.append(choose(varied(tflops[1], gbps[0], slowdown[0]), heads, ranks, margin=-1.0).gain)
+    freed_gain = None
+    if costs.holds_sms:
+        gains.append(min(0.0, gain))
+        freed = gpu.profile(kernel=kernel, link=link, network=network, wire_needs_sms=False, attention_slowdown=1.0)
+        freed_gain = max(_gain(WorkloadCosts(freed, workload, graph=True), plan, M) for plan in _zeros(M))
     assumed = costs.profile.assumed
     if ranks > wire.ranks:
         assumed += gpu.network_assumptions(network)
@@ -125,7 +139,14 @@ def advise(
         gain_high=max(gains),
         verdict=verdict(costs.comm_ratio, min(gains), max(gains)),
         assumed=assumed,
+        freed_gain=freed_gain,
     )
+
+
+def _zeros(M: int) -> list[Schedule]:
+    """The plans of `hcms-zero` that are tried, Ulysses' one chunk among them."""
+    cuts = dict.fromkeys(cut(M, k) for k in range(1, min(M, _MOST_CHUNKS) + 1) for cut in (even, tapered))
+    return [zero(cut, ends=(parts, parts), fill=fill) for cut in cuts for parts in (1, 2) for fill in (False, True)]
 
 
 def verdict(comm_ratio: float, gain_low: float, gain_high: float) -> str:

@@ -128,11 +128,13 @@ class Gpu:
         attention_tflops: float | None = None,
         alltoall_gbps: float | None = None,
         attention_slowdown: float | None = None,
+        wire_needs_sms: bool = True,
     ) -> Profile:
         """This GPU as a Profile, for any number of ranks.
 
         Args:
             kernel, link, network: other than the default ones.
+            wire_needs_sms: exchanges are NCCL's; copy engines need no SM.
             attention_tflops, alltoall_gbps, attention_slowdown: in place of the catalogue's values.
 
         Raises:
@@ -171,6 +173,8 @@ class Gpu:
         used = [*catalogue.common.values(), wire.latency_ms, wire.attention_slowdown]
         used += [rate, wire.alltoall_gbps, wire.rotate_gbps, memory, self.numbers["sms"]]
         assumed = [number.reason for number in used if number is not None and number.reason is not None]
+        if catalogue.persistent.get(kernel) is not None:
+            assumed.append(catalogue.persistent[kernel])
         return Profile(
             hardware=self.slug,
             device="cuda",
@@ -190,6 +194,8 @@ class Gpu:
             merge_ms_per_gb=copied_ms * 18 / 8,
             host_ms=_value(catalogue.common["host_ms"]),
             attention_slowdown=_value(wire.attention_slowdown) if attention_slowdown is None else attention_slowdown,
+            holds_sms=kernel in catalogue.persistent,
+            wire_needs_sms=wire_needs_sms,
             sms=sms,
             assumed=tuple(dict.fromkeys(assumed)),
         )
@@ -203,10 +209,13 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Catalogue:
+    """All of it. `persistent` has the kernels that hold every SM, each with why that is assumed, None where seen."""
+
     gpus: dict[str, Gpu]
     aliases: dict[str, str]
     networks: dict[str, Network]
     common: dict[str, Number]
+    persistent: dict[str, str | None]
     sources: dict[str, str]
 
 
@@ -265,7 +274,8 @@ def load() -> Catalogue:
         for k, v in plain["networks"].items()
     }
     common = {k: number(f"common.{k}", v) for k, v in plain["common"].items()}
-    return Catalogue(gpus, aliases, networks, common, sources)
+    persistent = {k: number(f"persistent.{k}", {"value": 1, **v}).reason for k, v in plain["persistent"].items()}
+    return Catalogue(gpus, aliases, networks, common, persistent, sources)
 
 
 def _value(number: Number) -> float:

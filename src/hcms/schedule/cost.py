@@ -207,7 +207,9 @@ class WorkloadCosts:
     def stages(self, op: Op, schedule: Schedule) -> tuple[Stage, ...]:
         """An operation as the stages that `contend` lets meet."""
         in_ring = schedule.name == "ring"
-        slowdown = self._slowdown(op, in_ring) if schedule.overlaps else 1.0
+        # What waits for attention's end runs beside none of it.
+        beside = schedule.overlaps and not (self.holds_sms and self.wire_needs_sms)
+        slowdown = self._slowdown(op, in_ring) if beside else 1.0
         if op.kind == "attend":
             if in_ring:
                 return (Stage("attend", self._ring_cost(op).lane_ms * slowdown),)

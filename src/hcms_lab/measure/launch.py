@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ __all__ = ["TIMEOUT_S", "Rank", "RankFailed", "launch", "together", "under_torch
 
 TIMEOUT_S = 600.0
 LEFT_ALONE_S = 10.0
+LAYERS = ("hcms_lab.measure.measure", "hcms_lab.ground.compose")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def launch(
     folder: Path,
     poll: Callable[[], None] = lambda: None,
     timeout_s: float = TIMEOUT_S,
+    forked_with: Sequence[str] = LAYERS,
 ) -> None:
     """Run `fn(rank: Rank, *args)` on every rank, with the default process group made for `device` and `link`.
 
@@ -75,6 +77,7 @@ def launch(
         device: cpu (one thread a rank) or cuda.
         link: a name of `hcms.links`.
         timeout_s: how long a rank waits for the others in an exchange before it gives up.
+        forked_with: modules that ranks need, imported once for all of them (on CPU; a rank on a GPU starts anew).
 
     Raises:
         RankFailed: a rank raised, died, was stopped or gave no answer. The others have been ended.
@@ -94,7 +97,7 @@ def launch(
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     watch(
         _spawned, processes_of(link, ranks), fn, store.port, ranks, device, link, timeout_s, args,
-        folder=folder, poll=poll, timeout_s=timeout_s,
+        folder=folder, poll=poll, timeout_s=timeout_s, forked_with=forked_with if device == "cpu" else (),
     )  # fmt: skip
 
 

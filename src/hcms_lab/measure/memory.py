@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile  # torch.profiler's own imports torch's compiler, for seconds
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -27,9 +27,9 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 def allocations(call: Callable[[], object]) -> list[int]:
     """Every CPU allocation (positive) and release (negative) of tensors' memory during `call`, in bytes, in order."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(profile_memory=True) as profiler:
         result = call()
     del result
-    events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    events = profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     in_order = sorted(events, key=lambda event: event.start_ns())
     return [e.nbytes() for e in in_order if e.name() == "[memory]"]  # pyright: ignore[reportAttributeAccessIssue]

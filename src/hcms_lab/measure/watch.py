@@ -13,10 +13,10 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic, sleep
@@ -104,23 +104,31 @@ class _Child:
 
 
 def watch(
-    target: Callable[..., None], ranks: int, *args: Any, folder: Path, poll: Callable[[], None], timeout_s: float
+    target: Callable[..., None],
+    ranks: int,
+    *args: Any,
+    folder: Path,
+    poll: Callable[[], None],
+    timeout_s: float,
+    forked_with: Sequence[str],
 ) -> None:
     """Run `target(rank, *args)` in `ranks` processes, their output in `folder/rank<r>.log`; `poll` about once a second.
 
     Args:
         timeout_s: as the ranks' process groups have it, for the message.
+        forked_with: modules that one server imports, from which ranks are then forked: torch is imported once and not
+            by each. None are named where ranks shall start from nothing, as CUDA is used to.
 
     Raises:
         RankFailed: a rank raised, died, was stopped or did not answer. None is left.
         UsageError, OSError: a rank was given what cannot be, or could not write its files.
     """
-    context = get_context("spawn")
+    context = _context(forked_with)
     children: list[_Child] = []
     try:
         for rank in range(ranks):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(target, rank, os.getpid(), str(folder), args, theirs))
+            process = context.Process(target=_rank, args=(target, rank, str(folder), args, theirs))
             with interrupts_held():
                 process.start()
                 children.append(_Child(rank, process, ours))
@@ -135,6 +143,14 @@ def watch(
         _end([child.process for child in children])
     if faults:
         raise _verdict(faults, [child.rank for child in silent], folder, timeout_s)
+
+
+def _context(forked_with: Sequence[str]) -> Any:
+    if not forked_with:
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["hcms_lab.measure.tied", *forked_with])
+    return context
 
 
 def _until_ended(children: list[_Child], poll: Callable[[], None]) -> list[Fault]:
@@ -204,11 +220,11 @@ def _end(processes: list[Any]) -> None:
         process.join()
 
 
-def _rank(
-    target: Callable[..., None], rank: int, parent: int, folder: str, args: tuple[Any, ...], word: Connection
-) -> None:
-    """A rank's process: out of reach of the terminal's signals, tied to its parent, its output in its log."""
-    die_with(parent)
+def _rank(target: Callable[..., None], rank: int, folder: str, args: tuple[Any, ...], word: Connection) -> None:
+    """A rank's process: out of reach of the terminal's signals, tied to the run, its output in its log."""
+    die_with(os.getppid())  # the run itself, or the server, which dies with the run
+    if (run := parent_process()) is None or not run.is_alive():  # it was gone before this was asked for
+        os._exit(1)
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

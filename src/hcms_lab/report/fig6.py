@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BASELINES = ("ulysses", "ulysses-packed")
+FREED: dict[str, Any] = {"marker": "D", "markersize": 3, "linestyle": "none", "color": "black", "fillstyle": "none"}
 
 
 @register("fig6", "Hardware types")
@@ -25,9 +26,11 @@ def fig6(records: pd.DataFrame) -> Figure:
     """Gains of HCMS over the faster Ulysses; measured above, solid; predicted below, hatched.
 
     Measured rows are a hardware, link and rank count each, with the shortest and the longest sequence; predicted rows a
-    GPU and link, in the order of their gain. Error bars: 95 % intervals above, the catalogue's ranges below.
+    GPU and link, in the order of their gain. Error bars: 95 % intervals above, the catalogue's ranges below. Diamonds:
+    what is predicted where attention's kernel holds every SM, if exchanges needed none.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     above, below = measured_rows(records), predicted_rows(records)
@@ -61,6 +64,8 @@ def fig6(records: pd.DataFrame) -> Figure:
             Patch(color=colours[1], label="longest sequence"),
         ]
         handles.append(Patch(facecolor="#999999", label="predicted", **style.PREDICTED))
+        if any(gain is not None for row in below for gain in row["freed"]):
+            handles.append(Line2D([], [], label="if exchanges needed no SM", **FREED))
         handles.append(Patch(label="paper, C1: 10 to 17.5 %", **style.PAPER_BAND))
         fig.legend(handles=handles, loc="outside lower center", ncols=4)
         best = max(below, key=lambda row: row["gains"][0][0], default=None)
@@ -107,7 +112,8 @@ def predicted_rows(records: pd.DataFrame) -> list[dict[str, Any]]:
         name = known[str(slug)].name if str(slug) in known else str(slug)
         several = f", {int(ends[0]['world_size'])} GPUs" if predicted["world_size"].nunique() > 1 else ""
         label = f"{name}, {link}{several}"
-        rows.append({"label": label, "gains": shares, "note": f"ρ {rho} %, {ends[0]['kernel']}"})
+        freed = [None if pd.isna(gain := case.get("predicted_gain_freed")) else float(gain) for case in ends]
+        rows.append({"label": label, "gains": shares, "freed": freed, "note": f"ρ {rho} %, {ends[0]['kernel']}"})
     return sorted(rows, key=lambda row: -row["gains"][0][0])
 
 
@@ -118,6 +124,8 @@ def _rows(ax: Axes, rows: list[dict[str, Any]], look: dict[str, Any]) -> None:
         for i, ((gain, low, high), colour) in enumerate(zip(bars, _colours(), strict=False)):
             at = y + (i - (len(bars) - 1) / 2) * height
             ax.barh(at, 100 * gain, height=height, color=colour, **look)
+            if freed := row.get("freed", [None] * len(bars))[i]:
+                ax.plot(100 * freed, at, **FREED)
             error = ([max(0.0, 100 * (gain - low))], [max(0.0, 100 * (high - gain))])
             ax.errorbar(100 * gain, at, xerr=error, fmt="none", ecolor="black", elinewidth=0.7, capsize=1.2)
         ax.annotate(
