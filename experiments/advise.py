@@ -111,8 +111,8 @@ def _held(advices: list[Advice]) -> list[str]:
         freed = [f"{a.gpu.name} over {a.link} {gain:+.0%}" for a, gain in held if a.kernel == kernel]
         lines.append(
             f"{kernel} holds every SM until it ends, and NCCL's exchanges wait for it: they hardly overlap, however "
-            f"heads are cut. What would help is exchanges that need no SM, by hcms-zero: {', '.join(freed)} (predicted; "
-            "measured on one card over link.kind=ghost, not yet between GPUs)."
+            f"heads are cut. What would help is exchanges that need no SM, by hcms-zero: {', '.join(freed)} (as "
+            "predicted; measured on one card over link.kind=ghost, not yet between GPUs)."
         )
     return lines
 

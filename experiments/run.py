@@ -217,14 +217,20 @@ def own_settings(config: BaseConfig) -> Any:
 
 
 def follow(module: ModuleType, cfg: BaseConfig) -> None:
-    """Be one of torchrun's other ranks: measure, and leave folder, records and terminal to the first."""
+    """Be one of torchrun's other ranks: measure, and leave folder, records and terminal to the first.
+
+    What is refused, all ranks refuse; the first says so.
+    """
     with (
         TemporaryDirectory() as scratch,
         open(os.devnull, "w") as nowhere,
         redirect_stdout(nowhere),
         redirect_stderr(nowhere),
     ):
-        module.run(cfg, Path(cfg.resume or scratch))
+        try:
+            module.run(cfg, Path(cfg.resume or scratch))
+        except UsageError:
+            sys.exit(2)
 
 
 def with_hydras_flags(argv: list[str]) -> None:

@@ -146,8 +146,13 @@ class Collectives(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::").rstrip("_")
             given = args[1] if name == "alltoall_base" else args[0]
-            self.calls.append((name, given.nbytes if isinstance(given, Tensor) else sum(t.nbytes for t in given)))
+            self.calls.append((name, _nbytes(given)))
         return func(*args, **(kwargs or {}))
+
+
+def _nbytes(given: Any) -> int:
+    """Of a tensor, or of lists of them."""
+    return given.nbytes if isinstance(given, Tensor) else sum(map(_nbytes, given))
 
 
 def new_group(backend: str, ranks: list[int] | None = None) -> dist.ProcessGroup:

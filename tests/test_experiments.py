@@ -65,6 +65,22 @@ def test_validates_where_there_are_gpus(run: ModuleType, monkeypatch: pytest.Mon
         assert cfg.workload.name == "wan720p"
 
 
+def test_ranks_of_several_hosts(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hosts of four GPUs: eight ranks over the real link, whether or not the command counts them."""
+    pretend_gpus(monkeypatch, 4)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    for ranks in ([], ["ranks=8"]):
+        cfg = run.composed(run.with_gpus(["+exp=fig3", *ranks]))
+        assert {(p.ranks, run.script(cfg.kind).link_of(cfg)) for p in run.script(cfg.kind).grid(cfg)} == {(8, "native")}
+    pretend_gpus(monkeypatch, 1)
+    with pytest.raises(UsageError, match="torchrun started 4 ranks on a host where 1 GPUs are visible"):
+        run.script(cfg.kind).validate(cfg)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert run.script(cfg.kind).link_of(cfg) == "native", "a card a host is no card alone"
+    run.script(cfg.kind).validate(cfg)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_says_what_it_is_and_how_to_run_it(name: str) -> None:
     lines = (CONF / "exp" / f"{name}.yaml").read_text().splitlines()

@@ -164,13 +164,8 @@ def test_many_stores_at_once_have_ports_of_their_own() -> None:
 # ---- Slurm -----------------------------------------------------------------------------------------------------------
 
 
-LAUNCHER = "hydra_plugins.hydra_submitit_launcher"
-NO_LAUNCHER = "hydra-submitit-launcher is not installed: pip install hydra-submitit-launcher"
-
-
 def test_the_script_that_slurm_gets(tmp_path: Path) -> None:
     """By docs/cluster.md's own command. The `sbatch` at hand takes nothing: there is no cluster."""
-    pytest.importorskip(LAUNCHER, reason=NO_LAUNCHER)
     for name in ("sbatch", "srun"):
         program = tmp_path / name
         program.write_text("#!/bin/sh\necho no cluster here >&2\nexit 1\n")
@@ -190,7 +185,6 @@ def test_the_script_that_slurm_gets(tmp_path: Path) -> None:
 
 def test_the_launcher_runs_a_whole_experiment(tmp_path: Path) -> None:
     """The same launcher without Slurm: a job of its own on this host, with ranks of its own."""
-    pytest.importorskip(LAUNCHER, reason=NO_LAUNCHER)
     done = tiny.command(tmp_path, RUN, "--multirun", *TINY, "hydra/launcher=submitit_local")
     assert done.returncode == 0, done.stderr
     (found,) = tmp_path.glob("outputs/fig3/multirun_*/0/records.jsonl")

@@ -36,6 +36,15 @@ def test_the_same_command_under_torchrun(tmp_path: Path) -> None:
     assert len(re.findall(r"wrote outputs/fig3/\S*records.jsonl", done.stdout)) == 1
 
 
+def test_what_ranks_refuse_under_torchrun(tmp_path: Path) -> None:
+    """Said once, by the first of them."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = tiny.command(tmp_path, *torchrun, str(RUN), *TINY, "link.gbps=null", "link.ratio=0.01")
+    assert done.returncode == 1
+    assert done.stderr.count("error: link.ratio=0.01") == 1, done.stderr
+    assert "UsageError" not in done.stderr
+
+
 def what_a_rank_is(rank: Rank, word: str, answers: Any) -> None:
     print(f"{word} from {rank.rank}")
     x = torch.full((1,), float(rank.rank + 1))

@@ -17,6 +17,7 @@ from hcms_lab.ground.layers import MOST_FRAMES, MOST_OF_A_SIZE, check_heads, che
 from hcms_lab.ground.names import KERNELS, PEER, PeerKind
 from hcms_lab.measure.fits import check_memory, check_pace
 from hcms_lab.measure.peers import PEERS
+from hcms_lab.measure.torchrun import ranks_here, started_ranks
 
 DTYPES = tuple(ITEMSIZE)
 MOST_ROUNDS = 10**6
@@ -82,7 +83,8 @@ def link_of(cfg: Config) -> str:
 
     device, kind = device_of(cfg), cfg.link.kind
     if kind == "auto":
-        return "emulated" if device == "cpu" else "native" if visible_gpus() > 1 else "ghost"
+        several = visible_gpus() > 1 or (started_ranks() or 0) > 1
+        return "emulated" if device == "cpu" else "native" if several else "ghost"
     one_of("link.kind", kind, ("auto", *links()))
     if device not in links()[kind].devices:
         able = ", ".join(name for name, link in links().items() if device in link.devices)
@@ -99,18 +101,23 @@ def latency_us_of(cfg: Config) -> float:
 
 
 def ranks_of(cfg: Config) -> list[int]:
-    """The rank counts: as configured, or every visible GPU, 4 where one process stands for all, 2 on a CPU."""
+    """The rank counts: as configured, or what torchrun started, every visible GPU, 4 where one process stands for all,
+    2 on a CPU."""
     from hcms.links import links
 
-    device = device_of(cfg)
+    device, started = device_of(cfg), started_ranks()
     one_for_all = links()[link_of(cfg)].processes == "one"
     most = MOST_OF_A_SIZE if device == "cpu" or one_for_all else visible_gpus()
+    if started and most < MOST_OF_A_SIZE:
+        if ranks_here() > most:
+            raise UsageError(f"torchrun started {ranks_here()} ranks on a host where {most} GPUs are visible")
+        most = started  # on all hosts together
     if cfg.ranks == EACH:
         fitting = [p for p in (2, 4, 8) if p <= most]
         if not fitting:
             raise UsageError(f"ranks={EACH}: it takes 2 GPUs or more, {most} is visible; give device=cpu")
         return fitting
-    wanted = as_list(cfg.ranks) or [4 if one_for_all else most if device == "cuda" else 2]
+    wanted = as_list(cfg.ranks) or [started or (4 if one_for_all else most if device == "cuda" else 2)]
     for ranks in wanted:
         whole("ranks", ranks, 2 if one_for_all else 1, high=MOST_OF_A_SIZE)
         if ranks > most:

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from hcms.links import links
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.stop import die_with
+from hcms_lab.measure.torchrun import started_ranks
 from hcms_lab.measure.watch import RankFailed, watch
 
-__all__ = ["TIMEOUT_S", "Rank", "RankFailed", "launch", "together", "under_torchrun"]
+__all__ = ["TIMEOUT_S", "Rank", "RankFailed", "launch", "together"]
 
 TIMEOUT_S = 600.0
 LEFT_ALONE_S = 10.0
@@ -52,10 +53,6 @@ def processes_of(link: str, ranks: int) -> int:
     return 1 if links()[link].processes == "one" else ranks
 
 
-def under_torchrun() -> bool:
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def launch(
     fn: Callable[..., None],
     ranks: int,
@@ -84,8 +81,8 @@ def launch(
         UsageError: torchrun started another number of ranks, or what only ranks could tell.
         OSError: a rank could not write its files.
     """
-    if under_torchrun():
-        started = int(os.environ["WORLD_SIZE"])
+    started = started_ranks()
+    if started is not None:
         if started != ranks:
             raise UsageError(f"ranks={ranks}: torchrun started {started} ranks; give ranks={started} or start {ranks}")
         if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hcms_lab.measure.launch import under_torchrun
 from hcms_lab.measure.stop import interrupts_held
+from hcms_lab.measure.torchrun import started_ranks
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def progress(total: int, what: str) -> Iterator[tuple[Any, Callable[[], None]]]:
     """
     console = Console(stderr=True)
     with interrupts_held():  # the first such queue starts multiprocessing's tracker, which cleans up after us
-        ticks: Any = queue.SimpleQueue() if under_torchrun() else mp.get_context("spawn").SimpleQueue()
+        ticks: Any = queue.SimpleQueue() if started_ranks() else mp.get_context("spawn").SimpleQueue()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=total)
