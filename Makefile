@@ -8,6 +8,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.made-for
 EXTRAS := dev
 ARGS ?=
+WORKERS ?= 2
 
 # The first interpreter that is new enough; the pins were made with 3.11.
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
@@ -44,8 +45,8 @@ fig3: $(SETUP) ## Figure 3, latency by sequence length: measure, print the table
 	$(PY) experiments/run.py +exp=fig3 $(ARGS)
 	$(PY) $(NBCONVERT) notebooks/fig3.ipynb
 
-test: $(SETUP) ## the tests (ARGS="-k plan" and the like go to pytest)
-	$(PY) -m pytest $(ARGS)
+test: $(SETUP) ## the tests, in 2 workers (WORKERS=0 is none; ARGS="-k plan" and the like go to pytest)
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(SETUP) ## ruff: rules and format; import-linter: arrows one way
 	$(PY) -m ruff check .
@@ -100,7 +101,7 @@ dashboard: $(SETUP) ## build the W&B workspace and report (ARGS="entity=NAME pro
 notebook-files: $(SETUP) ## write the notebooks from their template
 	$(LAB) notebooks $(ARGS)
 
-gpu-one: $(SETUP) ## what one GPU can measure
+gpu-one: $(SETUP) ## what one GPU can measure, in calls of 9 minutes until all is done; without one, the CPU's
 	$(LAB) gpu-one $(ARGS)
 
 gpu-four: $(SETUP) ## what two to eight GPUs can measure

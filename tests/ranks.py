@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -51,7 +52,10 @@ class Ranks:
     """P processes that wait for work."""
 
     def __init__(self, ranks: int) -> None:
-        context = get_context("spawn")
+        context = get_context("forkserver")  # torch is imported once, and not by each
+        context.set_forkserver_preload(
+            [name for name in (__name__, "hcms.attention", "tiny_wan") if name in sys.modules]
+        )
         self._store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
         pipes = [context.Pipe() for _ in range(ranks)]
         self._ends: list[Connection] = [ours for ours, _ in pipes]

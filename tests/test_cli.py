@@ -7,12 +7,14 @@ import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 
 from hcms_lab import commands
 from hcms_lab.cli import COMMANDS, main
 from hcms_lab.ground.paths import ROOT
+from hcms_lab.stepwise import Step, listed, run_steps
 
 pytestmark = pytest.mark.t0
 
@@ -90,6 +92,29 @@ def test_old_paths_say_where_they_went(name: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: experiments/{name}.py has moved; now: hcms-lab {name} fig3 --out x\n"
     assert name in COMMANDS
+
+
+def test_steps_that_have_ended_are_not_run_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    steps = [Step("fig6", "here"), Step("table4", "there")]
+    settings = ["gpu=l40s", "wandb.mode=disabled"]  # fig6 knows no gpu=, and is refused
+    assert run_steps(steps, tmp_path, perf_counter() + 100, settings) == 1
+    assert "== fig6, here link" in capfd.readouterr().out
+    assert [step.done(tmp_path) for step in steps] == [False, True]
+    assert listed(steps, tmp_path).split() == ["to", "do", "here", "fig6", "done", "there", "table4"]
+    assert run_steps(steps[1:], tmp_path, perf_counter() + 100, settings) == 0
+    assert run_steps(steps, tmp_path, perf_counter(), settings) == 0
+    assert capfd.readouterr().out == "out of time: call again for the rest\n"
+
+
+def test_without_a_gpu_the_cpu_s_experiments_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hcms_lab.commands.reproduce.run", lambda given: print("measured", *given.settings) or 0)
+    monkeypatch.setattr("hcms_lab.commands.gpu_one.visible_gpus", lambda: 0)
+    assert main(["gpu-one", "bench.iterations=3", "--output", "nowhere"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("no GPU is visible here. On one, this would run:\nto do  ghost  fig3\n")
+    assert out.endswith("Here, the CPU's experiments:\nmeasured bench.iterations=3\n")
 
 
 def test_a_reader_that_has_seen_enough() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from hcms.schedule.timeline import Timeline
 from hcms.shortlist import shortlist
 from hcms.transport.layout import HeadExchange, LayerShape
 
+SHAPES_KEPT = 8
+
 
 @dataclass
 class _Layer:
@@ -62,8 +65,10 @@ class SequenceParallelAttention:
 
     Streams (CUDA): inputs may be pending on the caller's current stream, and so is the output on return. Communication
     of overlapping methods runs on side streams of this object; the current stream waits for them before the call
-    returns to it, without host synchronisation. Buffers belong to this object, one set a shape, and are reused by every
-    call; the output is a new tensor of the caller's. One object must not be used from two threads or streams at once.
+    returns to it, without host synchronisation. Buffers belong to this object, one set a shape for the `SHAPES_KEPT`
+    shapes that were used last, and are reused by every call; the output is a new tensor of the caller's. A shape beyond
+    those waits for the device once, since it frees buffers. One object must not be used from two threads or streams at
+    once.
 
     Args:
         group: the ranks (Gloo, NCCL or "emulated"); the default group if None. Overlapping methods on NCCL make
@@ -117,7 +122,7 @@ class SequenceParallelAttention:
         self.predicted_ms: float | None = None
         self.replayed = False  # whether the last call was a graph's replay
         self._lanes: Lanes | None = None
-        self._layers: dict[Any, _Layer] = {}
+        self._layers: OrderedDict[Any, _Layer] = OrderedDict()  # the shape that was used last comes last
 
     def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         layer = self.layer(q_BLNH, k_BLNH, v_BLNH)
@@ -150,7 +155,7 @@ class SequenceParallelAttention:
         return f"eager ({min(refusals)})" if refusals else "eager"
 
     def layer(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> _Layer:
-        """The schedule and buffers for inputs of this shape, made at the first call (collective) and kept."""
+        """The schedule and buffers for inputs of this shape, made at the first call (collective) and kept a while."""
         self._check(q_BLNH, k_BLNH, v_BLNH)
         key = (q_BLNH.shape, q_BLNH.dtype, q_BLNH.device)
         if key not in self._layers:
@@ -160,6 +165,11 @@ class SequenceParallelAttention:
             # Buffers made in inference mode could not be written outside it by a later call.
             with torch.inference_mode(False):
                 self._layers[key] = self._make_layer(q_BLNH)
+            while len(self._layers) > SHAPES_KEPT:  # the same on all ranks, which are given shapes in the same order
+                if q_BLNH.is_cuda:  # lanes and graphs may be at work in what is freed
+                    torch.cuda.synchronize(q_BLNH.device)
+                self._layers.popitem(last=False)
+        self._layers.move_to_end(key)
         return self._layers[key]
 
     @property

@@ -15,7 +15,7 @@ COMMANDS = {
     "claims": "the paper's claims against the committed records, a paragraph each",
     "compare": "runs of one experiment side by side: a table and a figure",
     "reproduce": "every experiment, one after the other, and every figure and table",
-    "gpu-one": "what one GPU can tell, in under ten minutes",
+    "gpu-one": "what one GPU can tell, in calls of under ten minutes",
     "gpu-four": "what two to eight GPUs can tell, step by step",
     "contribute": "check a run and place it among the committed records",
     "readme": "write the results into README.md, or say whether it is stale",

@@ -1,10 +1,16 @@
-"""Everything that one GPU can tell, in one call of under ten minutes: `make gpu-one`.
+"""Everything that one GPU can tell, in calls of under ten minutes: `make gpu-one` until it says that all is done.
 
-Tests of the CUDA lanes (races, sanitizer, memory checker), the cost of attention by heads and tokens, of packing and of
-the machinery, and one denoising step of Wan2.2-A14B with random weights. Records are appended as they are made; a short
-table is printed last. Needs torch and pytest on a machine with a GPU; diffusers and hydra-core for the last part.
+First every experiment that one card can stand for as one rank of P (`link.kind=ghost`), then tests of the CUDA lanes
+(races, sanitizer, memory checker), the cost of attention by heads and tokens, of packing and of the machinery, and one
+denoising step of Wan2.2-A14B with random weights. What has ended is not run again, an experiment that was cut off goes
+on. Records are appended as they are made. Place what came out with
 
-    hcms-lab gpu-one [--output outputs/gpu-one] [--only tests,attend,copies,machinery,layers,wan]
+    hcms-lab contribute outputs/gpu-one/ghost/fig3/latest        # each of the experiments
+    hcms-lab contribute outputs/gpu-one
+
+Without a GPU it says what it would run on one, and runs the CPU's experiments (`hcms-lab reproduce`).
+
+    hcms-lab gpu-one [--minutes 9] [--list] [--only PART,PART] [key=value ...]
 """
 
 from __future__ import annotations
@@ -21,10 +27,16 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
+from hcms.hardware import visible_gpus
+from hcms_lab.commands import reproduce
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.paths import ROOT
+from hcms_lab.stepwise import Step, listed, run_steps
 
-PARTS = ("tests", "attend", "copies", "machinery", "layers", "wan")
+EXPERIMENTS = ("fig3", "fig4", "fig5", "fig1", "fig2", "fig8", "table2", "table3", "table5")
+STEPS = [Step(name, "ghost") for name in EXPERIMENTS]
+PARTS = ("experiments", "tests", "attend", "copies", "machinery", "layers", "wan")
+DONE = "parts.txt"  # in the output folder: the parts that have ended, a line each
 
 
 def run_tests(folder: Path) -> Iterator[tuple[str, bool, str]]:
@@ -81,18 +93,59 @@ def run_tests(folder: Path) -> Iterator[tuple[str, bool, str]]:
 
 
 def options(parser: ArgumentParser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for every experiment")
+    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing later, cut off an experiment then")
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu-one"))
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS)}")
+    parser.add_argument("--only", default="", help=f"parts to run, done or not, of {','.join(PARTS)}")
+    parser.add_argument("--list", action="store_true", help="show what there is to do, run nothing")
+
+
+def done_parts(folder: Path) -> list[str]:
+    noted = folder / DONE
+    return noted.read_text().split() if noted.is_file() else []
+
+
+def shown(folder: Path) -> str:
+    """What there is to do, a line each."""
+    done = done_parts(folder)
+    rest = [f"{'done' if part in done else 'to do':6} card   {part}" for part in PARTS if part != "experiments"]
+    return "\n".join([listed(STEPS, folder), *rest])
 
 
 def run(arguments: Namespace) -> int:
-    wanted = arguments.only.split(",")
-    if unknown := [p for p in wanted if p not in PARTS]:
+    named = arguments.only.split(",") if arguments.only else []
+    if unknown := [p for p in named if p not in PARTS]:
         raise UsageError(f"--only {unknown[0]}: choose of {', '.join(PARTS)}")
-    import torch
+    folder: Path = arguments.output
+    if arguments.list:
+        print(shown(folder))
+        return 0
+    if not visible_gpus():
+        print(f"no GPU is visible here. On one, this would run:\n{shown(folder)}\nHere, the CPU's experiments:")
+        return reproduce.run(Namespace(settings=arguments.settings, only="", draw=False))
+    ends_s = perf_counter() + 60 * arguments.minutes
+    wanted = named or [part for part in PARTS if part not in done_parts(folder)]
+    failed = 0
+    if "experiments" in wanted:
+        failed = run_steps(STEPS, folder, ends_s, arguments.settings)
+        if all(step.done(folder) for step in STEPS):
+            note_done(folder, "experiments")
+    if parts := [part for part in wanted if part != "experiments"]:
+        failed += card(folder, parts, ends_s)
+    if set(PARTS) <= set(done_parts(folder)):
+        print("all is done")
+    return 1 if failed else 0
 
-    if not torch.cuda.is_available():
-        raise UsageError("no GPU is visible here; this command needs one")
+
+def note_done(folder: Path, part: str) -> None:
+    if part not in done_parts(folder):
+        with (folder / DONE).open("a") as noted:
+            noted.write(part + "\n")
+
+
+def card(folder: Path, wanted: list[str], ends_s: float) -> int:
+    """The parts that measure the card itself, none begun after `ends_s`; how many failed."""
+    import torch
     import torch.distributed as dist
 
     from hcms.hardware import hardware
@@ -100,7 +153,6 @@ def run(arguments: Namespace) -> int:
     from hcms_lab.measure import one_gpu
     from hcms_lab.measure.environment import environment
 
-    folder: Path = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
     here = hardware("cuda")
     env = environment(here, "none", "cuda")
@@ -109,19 +161,15 @@ def run(arguments: Namespace) -> int:
         raise UsageError(f"{folder} holds records of commit {theirs}: give another folder by --output")
     before.write_text(json.dumps(env, indent=2) + "\n")
     file = RecordFile(folder / "records.jsonl")
-    if "tests" in wanted:
-        for name, ok, text in run_tests(folder):
-            print(f"{'ok  ' if ok else 'FAIL'} {name}: {text}", flush=True)
-            file.append(
-                [
-                    Record(exp="gpu-one", hardware=here.slug, workload="tests", world_size=1, method=name, ok=ok,
-                           status="done" if ok else "failed", error=None if ok else text, actual_path=text)
-                ]
-            )  # fmt: skip
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29555")
     torch.cuda.set_device(0)
     dist.init_process_group("nccl", rank=0, world_size=1, device_id=torch.device("cuda", 0))
+
+    def tests(slug: str) -> Iterator[Record]:
+        for name, ok, text in run_tests(folder):
+            yield Record(exp="gpu-one", hardware=slug, workload="tests", world_size=1, method=name, ok=ok,
+                         status="done" if ok else "failed", error=None if ok else text, actual_path=text)  # fmt: skip
 
     def wan(slug: str) -> Iterator[Record]:
         from hcms_lab.measure.wan.one_gpu import one_gpu_steps
@@ -129,31 +177,38 @@ def run(arguments: Namespace) -> int:
         yield from one_gpu_steps(slug)
 
     parts = {
+        "tests": [tests],
         "attend": [one_gpu.attention_costs],
         "copies": [one_gpu.copy_costs, one_gpu.interference],
         "machinery": [partial(one_gpu.machinery, traces=folder / "traces")],
         "layers": [one_gpu.full_size_layers],
         "wan": [wan],
     }
-    failed = False
-    for part in (p for p in PARTS if p in wanted and p in parts):
+    failed = 0
+    for part in (p for p in PARTS if p in wanted):
+        if perf_counter() > ends_s:
+            print("out of time: call again for the rest")
+            break
+        began_s, whole = perf_counter(), True
         for measure in parts[part]:
-            began_s = perf_counter()
             try:
                 for made in measure(here.slug):
                     file.append([made])
                     show(made)
+                    failed += not made.ok
             except Exception:
                 traceback.print_exc()
-                failed = True
-            print(f"-- {part}: {perf_counter() - began_s:.0f} s", flush=True)
+                failed, whole = failed + 1, False
             torch.cuda.empty_cache()
+        if whole:
+            note_done(folder, part)
+        print(f"-- {part}: {perf_counter() - began_s:.0f} s", flush=True)
     dist.destroy_process_group()
     records = file.read()
-    if {"attend", "copies", "machinery"} <= set(wanted):
+    if {"attend", "copies", "machinery"} <= set(done_parts(folder)):
         one_gpu.profile(records, here.slug).save(folder / "profile.yaml")
     print(f"{len(records)} records, {sum(not r['ok'] for r in records)} not ok: {folder / 'records.jsonl'}")
-    return 1 if failed or any(not r["ok"] for r in records) else 0
+    return failed
 
 
 def show(r) -> None:

@@ -33,12 +33,7 @@ def stoppable() -> Iterator[None]:
         yield
         return
 
-    def stop(signum: int, frame: object) -> None:
-        for each in _ENDING:
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(signum)
-
-    handler = signal.SIG_DFL if "TORCHELASTIC_RUN_ID" in os.environ else stop
+    handler = signal.SIG_DFL if "TORCHELASTIC_RUN_ID" in os.environ else _stop
     before = {s: signal.signal(s, handler) for s in _ENDING if signal.getsignal(s) is not signal.SIG_IGN}
     try:
         yield
@@ -47,14 +42,33 @@ def stoppable() -> Iterator[None]:
             signal.signal(each, earlier)
 
 
+# While a step must not be cut in two, the first signal is kept here: another thread may take what this one has blocked.
+_held: list[int | None] = []
+
+
+def _stop(signum: int, frame: object = None) -> None:
+    if _held:
+        _held[0] = _held[0] or signum
+        return
+    for each in _ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(signum)
+
+
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Hold back what a terminal sends: processes started within never get it, and this one gets it afterwards."""
+    """Hold back signals that end the run until the end of the block, which a process is started in.
+
+    What a terminal sends to all of its processes, such a process never gets.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    _held.append(None)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if (signum := _held.pop()) is not None:
+            _stop(signum)
 
 
 def die_with(parent: int) -> None:
