@@ -22,8 +22,7 @@ from ranks import Place, on_ranks, own, whole_qkv
 pytestmark = pytest.mark.t1
 
 M, L, H = 5, 8, 16
-ROUNDS = 60
-CUTS = ("5", "even:2", "1-3-1", "2-3", "even:max")
+ROUNDS = {2: 1000, 4: 100}  # mostly sleep
 CHUNKED = [name for name, method in METHODS.items() if method.cuts]
 
 
@@ -45,31 +44,46 @@ class Delayed:
         self._program.finish(op)
 
 
+def drawn(draw: random.Random, name: str) -> tuple[str, int, int]:
+    """A cut, with ends in parts where the method has them, of so many heads a rank; and how many tokens a rank."""
+    cut = [draw.randint(1, 3) for _ in range(draw.randint(1, 4))]
+    tokens, texts = draw.randint(4, 12), list(map(str, cut))
+    if METHODS[name].thins and draw.random() < 0.5:
+        texts[0], texts[-1] = f"{cut[0]}x{draw.randint(2, 4)}", f"{cut[-1]}x{draw.randint(2, 4)}"
+    return "-".join(texts), sum(cut), tokens
+
+
 def delayed(place: Place) -> list[str]:
-    """Random methods, cuts and inputs, delays that differ by rank, poisoned buffers: which rounds were not bitwise."""
+    """Random methods, cuts, sizes, transports and inputs, delays that differ by rank, poisoned buffers: which rounds
+    were not bitwise."""
     agreed, here = random.Random(7), random.Random(100 + place.rank)
-    ulysses = SequenceParallelAttention(place.gloo, "ulysses")
-    made: dict[tuple[str, str], SequenceParallelAttention] = {}
-    wrong = []
-    for turn in range(ROUNDS):
-        name, cut = agreed.choice(CHUNKED), agreed.choice(CUTS)
-        attention = made.setdefault((name, cut), SequenceParallelAttention(place.gloo, name, cut))
-        whole = whole_qkv((1, L * place.ranks, M * place.ranks, H), torch.float32, turn)
+    wrong, refused = [], 0
+    for turn in range(ROUNDS[place.ranks]):
+        name, group = agreed.choice(CHUNKED), agreed.choice((place.gloo, place.emulated))
+        cut, heads, tokens = drawn(agreed, name)
+        whole = whole_qkv((agreed.randint(1, 2), tokens * place.ranks, heads * place.ranks, H), torch.float32, turn)
         q, k, v = (own(place, x) for x in whole)
-        expected = ulysses(q, k, v)
-        layer = attention.layer(q, k, v)
+        attention = SequenceParallelAttention(group, name, cut, prefetch=agreed.choice((None, 1, 2)))
+        try:
+            layer = attention.layer(q, k, v)
+        except ValueError as refusal:  # at so few tokens a kernel may round by the number of rows
+            if "not be Ulysses' bit for bit" not in str(refusal):
+                raise
+            refused += 1
+            continue
         attention.poison()
         assert isinstance(layer.program, UlyssesProgram)
         out = torch.full_like(q, float("nan"))
         layer.program.bind(q, k, v, out)
-        CpuLanes(place.gloo, {}).run(layer.schedule, Delayed(layer.program, here))
+        CpuLanes(group, {}).run(layer.schedule, Delayed(layer.program, here))
         layer.program.release()
-        if not torch.equal(out, expected):
+        if not torch.equal(out, SequenceParallelAttention(group, "ulysses")(q, k, v)):
             wrong.append(f"round {turn}: {name} {cut}")
+    assert refused < ROUNDS[place.ranks] / 4
     return wrong
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", ROUNDS)
 def test_no_delay_changes_a_bit(ranks: int) -> None:
     assert on_ranks(ranks, delayed) == [[]] * ranks
 

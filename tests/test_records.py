@@ -143,6 +143,13 @@ def test_the_environment_names_what_explains_and_nothing_else(monkeypatch: pytes
     assert facts["torch"]
 
 
+def test_a_copy_of_the_tree_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever history the copy lies in."""
+    monkeypatch.setenv("HCMS_COMMIT", "a" * 40)
+    facts = environment(Hardware("A CPU, 2 cores", "cpu-a-cpu-2c", 1, 2), "emulated", "cpu")
+    assert (facts["commit"], facts["dirty"], facts["changes"]) == ("a" * 40, None, None)
+
+
 def test_slugs() -> None:
     assert slugify("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 

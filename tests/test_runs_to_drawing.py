@@ -51,7 +51,7 @@ def overrides(name: str) -> list[str]:
     chosen.append(f"{lengths}={'[2,4]' if as_set.startswith('[') else min(4, int(as_set.split()[0]))}")
     if set_to(name, "ratio_at")[1].isdecimal():
         chosen.append("link.ratio_at=4")
-    # Where a figure sweeps ratios, two that every host can reach: its own exchange takes much of a short sequence's time.
+    # Where a figure sweeps ratios, two that every host can reach: its own exchange takes much of a short sequence.
     if not set_to(name, "gbps")[1]:
         sweeps = set_to(name, "axis")[1] == "comm_ratio"
         chosen.append("link.ratio=[lowest,0.95]" if sweeps else "link.gbps=0.1")

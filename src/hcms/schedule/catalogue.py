@@ -173,8 +173,8 @@ class Gpu:
         used = [*catalogue.common.values(), wire.latency_ms, wire.attention_slowdown]
         used += [rate, wire.alltoall_gbps, wire.rotate_gbps, memory, self.numbers["sms"]]
         assumed = [number.reason for number in used if number is not None and number.reason is not None]
-        if catalogue.persistent.get(kernel) is not None:
-            assumed.append(catalogue.persistent[kernel])
+        if (reason := catalogue.persistent.get(kernel)) is not None:
+            assumed.append(reason)
         return Profile(
             hardware=self.slug,
             device="cuda",

@@ -62,11 +62,12 @@ def _versions() -> dict[str, str]:
 
 def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
     """The contents of `env.json`. `device` is cpu or cuda; torch is imported for cuda alone."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
-    changes = _git("diff", "HEAD", "--", ":/src", ":/experiments", ":/conf")
+    # A copy of the tree on a machine that gets only files is told its commit; a history that it lies in is another's.
+    told = os.environ.get("HCMS_COMMIT")
+    status = None if told else _git("status", "--porcelain", "--untracked-files=no")
+    changes = None if told else _git("diff", "HEAD", "--", ":/src", ":/experiments", ":/conf")
     facts: dict[str, Any] = {
-        # A copy of the tree without its history, as on a machine that gets only files, is told its commit.
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("HCMS_COMMIT"),
+        "commit": told or _git("rev-parse", "HEAD"),
         # Only tracked files can differ from the commit: new figures and records do not change what was measured.
         "dirty": None if status is None else bool(status),
         # A run goes on only with the same code, and uncommitted code has no name of its own.

@@ -8,6 +8,7 @@ from statistics import median
 import torch
 
 from hcms.links import emulated, ghost
+from hcms.schedule.cost import Workload
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.cases import Case, Point
 from hcms_lab.measure.contestant import contestant
@@ -50,13 +51,6 @@ def _where(job: Job, point: Point) -> Point:
     return replace(point, frames=job.ratio_at, seq_len=tokens)
 
 
-def ulysses_bytes(point: Point) -> int:
-    """Bytes that serial Ulysses sends off each rank: four tensors, less the share that stays."""
-    element = torch.empty(0, dtype=getattr(torch, point.dtype)).element_size()
-    local = point.batch * (point.seq_len // point.ranks) * point.heads * point.head_dim * element
-    return 4 * local * (point.ranks - 1) // point.ranks
-
-
 def _derive_gbps(rank: Rank, job: Job, point: Point, ratio: float) -> float:
     """Measure serial Ulysses, correct the link by what is missing from the wanted ratio, and measure again."""
     if point.ranks == 1:
@@ -82,7 +76,8 @@ def _derive_gbps(rank: Rank, job: Job, point: Point, ratio: float) -> float:
 
     attention_ms, floor_ms = median_times_ms(None)
     lowest = floor_ms / (floor_ms + attention_ms)
-    nbytes = ulysses_bytes(point)
+    layer = Workload(point.seq_len, point.heads, point.ranks, point.head_dim, point.batch, point.dtype)
+    nbytes = layer.off_rank(4 * layer.tensor_bytes(layer.heads_a_rank))
     wire_ms = attention_ms * ratio / (1 - ratio) - floor_ms
     for _ in range(_ROUNDS):
         if wire_ms <= 0:

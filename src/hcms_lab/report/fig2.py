@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from hcms.methods import METHODS
 from hcms_lab.ground.cuts import chunks
 from hcms_lab.report import parts, style
 from hcms_lab.report.closed_form import two_lane_speedup
@@ -88,7 +89,10 @@ def _panel(ax: Axes, point: pd.DataFrame) -> None:
     ax.set_title("\n".join([f"measured ρ = {rho:.2f}", *tapered_over_equal(point)]))
     by_method = {str(name): group for name, group in point.groupby("method")}
     ours = by_method.get("hcms", point.iloc[:0])
-    counts = sorted({int(k) for k in point.loc[point["method"].isin(["hcms", "hcms-serial"]), "chunks"]})
+    others = [
+        name for name in by_method if name in METHODS and METHODS[name].cuts and name not in ("hcms", "hcms-serial")
+    ]
+    counts = sorted({int(k) for k in point.loc[point["method"].isin(["hcms", "hcms-serial", *others]), "chunks"]})
     place = {k: float(i) for i, k in enumerate(counts)}  # few counts far apart: each gets the same room
     for method in ("ulysses", "ulysses-packed", "ceiling"):
         if method in by_method:
@@ -123,6 +127,18 @@ def _panel(ax: Axes, point: pd.DataFrame) -> None:
                     va="bottom", fontsize=6.5, rotation=90,
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
                 )  # fmt: skip
+    for method in others:  # ours: several cuts of as many chunks stand side by side
+        some = by_method[method].sort_values(["chunks", "latency_ms"])
+        x = [place[k] + 0.28 + 0.1 * i for k, i in zip(some["chunks"], some.groupby("chunks").cumcount(), strict=True)]
+        parts.latency_line(
+            ax, x, some, **{**parts.method_look(method), "linestyle": "", "marker": "s", "markersize": 4}
+        )
+        for at, case in zip(x, some.to_dict("records"), strict=True):
+            below_ms = case["latency_ms"] - parts.iqr(case["times_ms"])[2]
+            ax.annotate(
+                short_cut(case["cut"]), (at, below_ms), xytext=(0, -5), textcoords="offset points", ha="center",
+                va="top", fontsize=6.5, rotation=90,
+            )  # fmt: skip
     ax.set_xlabel("chunks")
     ax.set_xticks(list(place.values()), [str(k) for k in counts])
     ax.set_xlim(-0.5, len(counts) - 0.5)

@@ -59,7 +59,7 @@ def fig6(records: pd.DataFrame) -> Figure:
             + " and ".join(f"{s:,} tokens" for s in lengths),
         )
         colours = _colours()
-        handles = [
+        handles: list[Any] = [
             Patch(color=colours[0], label="shortest sequence"),
             Patch(color=colours[1], label="longest sequence"),
         ]

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import OmegaConf
 
+from hcms.methods import METHODS
 from hcms_lab.ground.checks import one_of
 from hcms_lab.ground.config import AXES, WANDB_MODES, BaseConfig
 from hcms_lab.ground.private import scrubbed
@@ -335,7 +336,7 @@ def summary(table: pd.DataFrame) -> dict[str, float | int | str]:
         "failed": len(table) - len(good),
         "refused": int((table["status"] == "refused").sum()),
     }
-    ours = good[good["method"].isin(["hcms", "hcms-3lane"])]
+    ours = good[good["method"].isin([method.name for method in METHODS.values() if method.cuts and method.overlaps])]
     for metric in ("speedup_vs_ulysses", "speedup_vs_ring", "hidden_fraction"):
         values = ours[metric].dropna()
         if len(values):
