@@ -64,12 +64,14 @@ def _on_rank(rank: Any, job: Any) -> None:
 
     from hcms_lab.measure.link import settle
     from hcms_lab.measure.measure import point_profile
+    from hcms_lab.measure.wire import wire
 
     job = replace(job, predict=True, profile=None)  # a profile is what is wanted, and measured
     gbps_of_ratio: dict[float, float] = {}
     profiles = []
     for point in job.points:
         settle(rank, job, point, gbps_of_ratio)
+        wire(job.link, point)  # a link of memory must have it first
         with torch.inference_mode():
             profiles.append(point_profile(rank, job, point))
     if rank.first:

@@ -63,11 +63,11 @@ def run(cfg: Settings, folder: Path) -> bool:
         shown.add_column(f"{layer.ranks} GPUs, {layer.seq_len:,} tokens", justify="right")
     for gpu in catalogue.load().gpus.values():
         for link, wire in gpu.links.items():
-            told = [advise(gpu, layer, link=link) for layer in layers if layer.ranks <= wire.ranks]
-            for advice in told:
+            advices = [advise(gpu, layer, link=link) if layer.ranks <= wire.ranks else None for layer in layers]
+            for advice in filter(None, advices):
                 file.append(_records(cfg, advice))
-            if told:
-                shown.add_row(gpu.name, link, gpu.kernel, *map(_words, told))
+            if any(advices):
+                shown.add_row(gpu.name, link, gpu.kernel, *(_words(advice) if advice else "–" for advice in advices))
     file.append(measured_lines(cfg.name))
     Console().print(shown)
     return True

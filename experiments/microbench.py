@@ -75,8 +75,10 @@ def run(cfg: Settings, folder: Path) -> bool:
     """Measure every point that the folder's records do not hold yet; print the table; True if all is ok."""
     file = RecordFile(folder / "records.jsonl")
     found = file.read()
-    todo = _without(grid(cfg), found)
+    whole = grid(cfg)
+    todo = _without(whole, found)
 
+    from hcms.links import links
     from hcms_lab.measure.job import Job
     from hcms_lab.measure.launch import launch
     from hcms_lab.measure.progress import progress
@@ -91,7 +93,7 @@ def run(cfg: Settings, folder: Path) -> bool:
                 tuple(group),
                 folder,
                 gbps_of_ratio=derived_gbps(found, ranks),
-                sweeps=len({(p.ranks, p.link_ratio) for p in todo}) > 1,
+                sweeps=len({(p.ranks, p.link_ratio) for p in whole}) > 1,
             )
             launch(
                 _on_rank,
@@ -105,6 +107,7 @@ def run(cfg: Settings, folder: Path) -> bool:
                 timeout_s=cfg.bench.timeout_s,
             )
     found = file.read()
+    print(f"link {link}: {links()[link].summary}")
     print_whole(table(found, f"{cfg.name}: {slug}, link {link}", width()), width())
     for line in reasons(found):
         print(line)

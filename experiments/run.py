@@ -1,8 +1,8 @@
 """Run one experiment: check its settings, measure, record, draw.
 
     python experiments/run.py +exp=fig3                            # one experiment
-    python experiments/run.py +exp=fig3 latent_frames=[9] ranks=4  # with other settings
-    python experiments/run.py --check +exp=fig3 ranks=4            # say whether that could run, start nothing
+    python experiments/run.py +exp=fig3 latent_frames=[9] ranks=5  # with other settings
+    python experiments/run.py --check +exp=fig3 ranks=5            # say whether that could run, start nothing
     python experiments/run.py +exp=fig3 --cfg job                  # show all settings, run nothing
 
 A bad setting gets one line and exit status 2, before anything starts or is written; a failed case or a wrong result
@@ -28,6 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from hcms.hardware import visible_gpus
+from hcms.methods import METHODS
 from hcms_lab.ground import compose
 from hcms_lab.ground.checks import one_of, plain_name
 from hcms_lab.ground.config import AXES, WANDB_MODES, BaseConfig
@@ -44,7 +45,7 @@ ABOUT_HYDRA = ("--version", "--hydra-help", "--info", "-i", "--shell-completion"
 HYDRAS = (*ABOUT_HYDRA, "--cfg", "-c", "--package", "-p", "--resolve", "--multirun", "-m")
 USED_MOST = {
     "latent_frames=[9,16]": "lengths, in latent frames; whole clips have video frames: frames=33",
-    "ranks=4": "how many ranks; a list, or each for 2, 4 and 8",
+    "ranks=5": "how many ranks, which divide the heads; a list, or each for 2, 4 and 8",
     "methods=[ulysses,hcms]": "who is measured",
     "cuts=[even:5,1-3-1,auto]": "how methods that cut heads cut them",
     "workload=wan720p": "the layer, a file of conf/workload/",
@@ -72,6 +73,9 @@ def help_text() -> str:
 
 Experiments (minutes on 2 idle cores):
 {listed({f"{e.name:10}{'' if e.budget_min is None else f'{e.budget_min:3g}'}": e.title for e in experiments()}, 13)}
+
+Methods:
+{listed({m.name: m.summary for m in METHODS.values()}, 15)}
 
 Settings that are used most:
 {listed(USED_MOST, 26)}
@@ -168,15 +172,18 @@ def check(module: ModuleType, cfg: BaseConfig, exp: str) -> None:
 
 
 def with_gpus(overrides: list[str]) -> list[str]:
-    """Where GPUs are visible: full size unless a workload is named, and the experiment's `on_gpus` first."""
-    if not visible_gpus() or "device=cpu" in overrides:
+    """Where GPUs are visible, or asked for: full size unless a workload is named, the experiment's `on_gpus` first.
+
+    `device=cuda` asks for them from a host that has none, for jobs that run elsewhere.
+    """
+    if "device=cpu" in overrides or not (visible_gpus() or "device=cuda" in overrides):
         return overrides
-    plain = composed(overrides)
+    plain = composed([f"+exp={named(overrides).name}"])
     if plain.device == "cpu":
         return overrides
-    named = any(o.lstrip("+~").startswith("workload=") for o in overrides)
-    full_size = [] if named or not hasattr(plain, "workload") else ["workload=wan720p"]
-    return [*composed([*overrides, *full_size]).on_gpus, *overrides, *full_size]
+    has_one = any(o.lstrip("+~").startswith("workload=") for o in overrides)
+    full_size = [] if has_one or not hasattr(plain, "workload") else ["workload=wan720p"]
+    return [*plain.on_gpus, *overrides, *full_size]
 
 
 def refuse(error: UsageError) -> NoReturn:
@@ -238,7 +245,10 @@ def with_hydras_flags(argv: list[str]) -> None:
     if unknown := [a for a in argv if a.startswith("-") and a.partition("=")[0] not in HYDRAS]:
         raise UsageError(f"{unknown[0]}: no such flag here; --help shows those that there are")
     about_hydra = any(flag in argv for flag in ABOUT_HYDRA)
-    schema = BaseConfig if about_hydra else schema_of([a for a in argv if not a.startswith("-")])
+    overrides = [a for a in argv if "=" in a and not a.startswith("-")]
+    schema = BaseConfig if about_hydra else schema_of(overrides)
+    if not about_hydra:
+        sys.argv[1:] = [*(a for a in argv if a not in overrides), *with_gpus(overrides)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
     try:
         hydra_run()

@@ -16,14 +16,23 @@ from hcms.clip import ClipShape, divisors, heads_refusal, listed
 from hcms.hardware import hardware
 from hcms.methods import METHODS
 from hcms.schedule.cost import Workload
-from hcms.schedule.cut import format_cut, parse_cut
-from hcms_lab.ground.checks import as_list, distinct, is_folder, number, one_of, readable, whole
+from hcms_lab.ground.checks import as_list, is_folder, number, one_of, readable
 from hcms_lab.ground.config import CasesConfig, Config
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.model_config import ClipConfig, ModelConfig, chosen_model, clips_of
 from hcms_lab.ground.names import KERNELS
 from hcms_lab.ground.records import RecordFile, derived_gbps
-from hcms_lab.measure.cases import Case, Point, check_run, device_of, latency_us_of, link_of, ranks_of, ratios_of
+from hcms_lab.measure.cases import (
+    Case,
+    Point,
+    cases_of,
+    check_run,
+    device_of,
+    latency_us_of,
+    link_of,
+    ranks_of,
+    ratios_of,
+)
 from hcms_lab.measure.fits import check_memory, check_pace
 from hcms_lab.measure.wan.folder import as_saved
 
@@ -54,16 +63,20 @@ def writes(cfg: Settings) -> bool:
 def validate(cfg: Settings) -> None:
     """Refuse what could not run, memory included, before any rank starts and before any weight is loaded."""
     check_run(cfg)
+    if link_of(cfg) == "ghost" and not cfg.dry:
+        raise UsageError(
+            f"link.kind=ghost: {cfg.name} does not run over it; give device=cpu, or start it on several GPUs"
+        )
     if cfg.memory_gib is not None:
         number("memory_gib", cfg.memory_gib, 0, 1e6, above=True)
     model, source = resolved(cfg)
     clips = clips_of(cfg, model)
     all_ranks = ranks_of(cfg)
     heads = model.transformer["num_attention_heads"]
-    cases_of(cfg, heads, all_ranks)
     for ranks in all_ranks:
         if refusal := heads_refusal(heads, ranks, f"model={model.name}"):
             raise UsageError(f"ranks={ranks}: {refusal}")
+        cases_at(cfg, heads, ranks)
         for clip in clips:
             if refusal := clip.refusal(ranks):
                 raise UsageError(refusal)
@@ -97,15 +110,15 @@ def run(cfg: Settings, folder: Path | None) -> bool:
     heads = int(model.transformer["num_attention_heads"])
     todo: dict[int, list[tuple[Point, ClipShape]]] = {}
     for ranks in ranks_of(cfg):
-        cases = cases_of(cfg, heads, [ranks])
+        cases = cases_at(cfg, heads, ranks)
         for ratio in ratios_of(cfg):
             for clip in sorted(clips_of(cfg, model), key=lambda c: -c.tokens):  # the longest first: it sets the link
                 point = _point(model, clip, ranks, cfg.kernels[0], ratio if ranks > 1 else None, cases)
                 if not _recorded(file, point, clip):
                     todo.setdefault(ranks, []).append((point, clip))
     found = file.read()
-    ticks_a_point = (cfg.bench.iterations + 1) * len(cases_of(cfg, heads, ranks_of(cfg)))
-    with progress(sum(map(len, todo.values())) * ticks_a_point, cfg.name) as (ticks, show):
+    clips_a_length = sum(len(point.cases) for pairs in todo.values() for point, _ in pairs)
+    with progress(clips_a_length * (cfg.bench.iterations + 1), cfg.name) as (ticks, show):
         for ranks, pairs in todo.items():
             job = Job.of(cfg, ranks, (), folder, predict=False, gbps_of_ratio=derived_gbps(found, ranks))
             clip_job = ClipJob(
@@ -189,35 +202,18 @@ def _check_picture(path: str) -> None:
         raise UsageError(f"image={path}: no picture ({' '.join(str(error).split())}); {advice}") from None
 
 
-def cases_of(cfg: Settings, heads: int, all_ranks: list[int]) -> list[Case]:
-    """The methods, each with its cuts; ulysses is among them, as everything is compared with it."""
-    distinct("methods", cfg.methods, f"nothing to measure; name at least one of {', '.join(METHODS)}")
-    one_of("first", cfg.first, ("exchange", "return"))
-    if cfg.prefetch is not None:
-        whole("prefetch", cfg.prefetch)
-    cases: dict[Case, None] = {}
+def cases_at(cfg: Settings, heads: int, ranks: int) -> tuple[Case, ...]:
+    """The methods on so many ranks, each with its cuts; ulysses is among them, as everything is compared with it."""
     for method in cfg.methods:
-        if method not in METHODS:
-            raise UsageError(f"methods={method}: choose among {', '.join(METHODS)}")
-        if METHODS[method].cuts:
-            distinct("cuts", cfg.cuts, f"{method} cuts heads; give cuts=[even:2], say")
-        for cut in cfg.cuts if METHODS[method].cuts else [None]:
-            if cut not in (None, "auto"):
-                for ranks in all_ranks:
-                    if heads % ranks == 0:
-                        try:
-                            cut = format_cut(parse_cut(cut, heads // ranks)) if len(all_ranks) == 1 else cut
-                            parse_cut(cut, heads // ranks)
-                        except ValueError as error:
-                            raise UsageError(f"cuts={cut} with ranks={ranks}: {error}") from None
-            cases[Case(method, cut, cfg.prefetch, cfg.first)] = None
+        one_of("methods", method.partition("@")[0], METHODS)
+    cases = cases_of(cfg.methods, cfg.cuts, heads // ranks, ranks, cfg.prefetch, cfg.first)
     if "ulysses" not in cfg.methods:
         raise UsageError(f"methods={list(cfg.methods)}: add ulysses, with which every method's latents are compared")
-    return list(cases)
+    return cases
 
 
 def _point(
-    model: ModelConfig, clip: ClipShape, ranks: int, kernel: str, ratio: float | None, cases: list[Case]
+    model: ModelConfig, clip: ClipShape, ranks: int, kernel: str, ratio: float | None, cases: tuple[Case, ...]
 ) -> Point:
     return Point(
         model.name,
@@ -230,7 +226,7 @@ def _point(
         model.dtype,
         kernel,
         ratio,
-        tuple(cases),
+        cases,
     )
 
 

@@ -323,16 +323,21 @@ def automatic(place: Place, method: str) -> tuple[bool, Schedule | None, str | N
     return all(equal), attention.schedule, attention.plan_reason, attention.predicted_ms is not None
 
 
-@pytest.mark.parametrize("method", ["hcms-serial", "hcms", "hcms-3lane"])
-def test_an_automatic_plan_is_the_same_on_every_rank(method: str) -> None:
-    found = on_ranks(2, automatic, method)
-    assert found[0] == found[1]
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("method", ["hcms-serial", "hcms", "hcms-3lane", "hcms-zero"])
+def test_an_automatic_plan_is_the_same_on_every_rank(method: str, ranks: int) -> None:
+    """And it is that method's, or Ulysses."""
+    found = on_ranks(ranks, automatic, method)
+    assert [each == found[0] for each in found] == [True] * ranks
     equal, schedule, reason, predicts = found[0]
     assert equal
     assert predicts
     assert schedule is not None
     assert sum(schedule.cut) == 3
     assert reason
+    ulysses = {build_schedule(name, "3", 3, ranks).name for name in ("ulysses", "ulysses-packed")}
+    own = build_schedule(method, "1-1-1", 3, ranks, on_host=True).name.split("/")[0]
+    assert schedule.name in ulysses or schedule.name.split("/")[0] == own
 
 
 def test_without_a_process_group() -> None:

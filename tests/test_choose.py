@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from by_hand import every_cut
+from hcms.race import decide
 from hcms.schedule import choose as module
 from hcms.schedule.choose import TIE, Choice, choose
 from hcms.schedule.cost import AttendPoint, IdealCosts, Level, Profile, Workload, WorkloadCosts, predict
 from hcms.schedule.cut import even, tapered
+from hcms.schedule.plan import Plan
 from hcms.schedule.schedule import Schedule, serial, three_lane, two_lane
 from hcms.schedule.simulate import Costs
 
@@ -203,3 +205,19 @@ def test_prices_few_plans(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
         priced.clear()
         choose(costs, 2 * heads, 2)
         assert 0 < len(priced) <= 120
+
+
+@pytest.mark.parametrize(
+    ("times_ms", "wins"),
+    [
+        ([9.7, 9.6, 9.8], True),
+        ([9.96, 9.95, 9.96], False),  # of plans that are alike one looks faster
+        ([9.0, 10.1, 10.2], False),  # once
+        ([10.5, 10.4, 10.6], False),
+    ],
+)
+def test_a_race_is_won_beyond_noise(times_ms: list[float], wins: bool) -> None:
+    packed, cut = Plan("ulysses-packed", (5,)), Plan("hcms-zero", (1, 3, 1))
+    raced = decide({Plan("ulysses", (5,)): [11.0] * 3, packed: [10.0, 10.05, 10.0], cut: times_ms})
+    assert raced.winner == (cut if wins else packed)
+    assert raced.reason.startswith(raced.winner.method)

@@ -205,6 +205,7 @@ def test_records_that_do_not_pass(tmp_path: Path, change: Callable[[list[dict[st
     ("change", "message"),
     [
         ({"dirty": True}, "differs from its commit"),
+        ({"dirty": None}, "env.json has no dirty"),
         ({"commit": None}, "env.json has no commit"),
         ({"commit": "abc"}, "is not a full commit hash"),
         ({"hardware": {"slug": "a b", "name": "x", "count": 1}}, "hardware.slug 'a b' is not lower-case"),
@@ -239,6 +240,13 @@ def test_environments_that_do_not_pass(
     with pytest.raises(UsageError):
         place(folder, tmp_path)
     assert not (tmp_path / "paper_tables").exists()
+
+
+def test_a_copy_that_was_told_its_commit_passes(tmp_path: Path) -> None:
+    """It has no history of its own to differ from."""
+    folder = make_run(tmp_path)
+    change_env(folder, lambda env: env.update(dirty=None, commit_told=True))
+    assert problems(folder) == []
 
 
 def test_what_is_missing_or_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

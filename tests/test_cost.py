@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from by_hand import cut_speedup_bound, ring_ms, ring_speedup
+from hcms.schedule import catalogue
 from hcms.schedule.cost import AttendPoint, IdealCosts, Level, Profile, Workload, WorkloadCosts, fit, load, predict
 from hcms.schedule.schedule import ring, serial, three_lane, two_lane
+from hcms.schedule.zero import zero
 from hcms_lab.report import closed_form
 
 pytestmark = pytest.mark.t0
@@ -385,3 +387,13 @@ class TestFile:
         path.write_text(path.read_text().replace("kernel: sdpa\n", ""))
         with pytest.raises(ValueError, match="field kernel is missing"):
             load(path)
+
+
+def test_what_waits_for_attention_goes_first_at_its_end() -> None:
+    """Also where the next attention waits on a lane of its own."""
+    costs = WorkloadCosts(catalogue.gpu("h100-pcie").profile(), Workload(57_600, 40, 4))
+    spans = predict(zero((3, 4, 3), fill=True), costs).spans
+    attends = [span for span in spans if span.op.kind == "attend"]
+    back = next(span for span in spans if span.op.kind == "return" and span.op.chunk == 0)
+    assert back.begin_ms == pytest.approx(attends[0].end_ms)
+    assert attends[1].begin_ms >= attends[0].end_ms

@@ -81,6 +81,16 @@ def test_ranks_of_several_hosts(run: ModuleType, monkeypatch: pytest.MonkeyPatch
     run.script(cfg.kind).validate(cfg)
 
 
+def test_a_job_elsewhere_is_set_up_for_gpus(tmp_path: Path) -> None:
+    """`device=cuda` on a host that has none, as one that submits jobs: the full size, whatever flag of Hydra's is used."""
+    done = tiny.command(tmp_path, str(tiny.EXPERIMENTS / "run.py"), "--cfg", "job", "+exp=fig3", "device=cuda")
+    assert done.returncode == 0, done.stderr
+    assert "tokens_per_frame: 3600" in done.stdout
+    assert "hcms-zero@auto" in done.stdout
+    done = tiny.command(tmp_path, str(tiny.EXPERIMENTS / "run.py"), "--cfg", "job", "+exp=fig3")
+    assert "tokens_per_frame: 240" in done.stdout
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_says_what_it_is_and_how_to_run_it(name: str) -> None:
     lines = (CONF / "exp" / f"{name}.yaml").read_text().splitlines()

@@ -128,7 +128,7 @@ def test_configurations_compose_and_are_valid(name):
         (["weights=pretrained", "weights_path=/no/such/folder"], "weights_path=/no/such/folder: no such folder"),
         (["weights_path=/tmp"], "weights=random reads none"),
         (["methods=[hcms]"], "add ulysses"),
-        (["methods=[ulysses,hcsm]"], "methods=hcsm: choose among"),
+        (["methods=[ulysses,hcsm]"], "methods=hcsm: choose one of"),
         (["cuts=[1-3-1]"], "adds up to 5 heads, but a rank has 6"),
         (["kernels=[flash]"], "kernels=flash: choose one of"),
         (["kernels=[sage]", "device=cpu"], "runs on cuda only"),

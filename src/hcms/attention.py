@@ -28,14 +28,14 @@ from hcms.methods import METHODS, build_schedule, method
 from hcms.objects import firsts
 from hcms.programs.ring import RingProgram
 from hcms.programs.ulysses import UlyssesProgram
-from hcms.race import race
+from hcms.race import MARGIN, race
 from hcms.schedule.choose import choose
-from hcms.schedule.cost import Workload, WorkloadCosts
+from hcms.schedule.cost import Workload, WorkloadCosts, predict
 from hcms.schedule.plan import Plan, Setting
 from hcms.schedule.profile import Profile, load
 from hcms.schedule.schedule import COMM, COMM_OUT, First, Schedule
 from hcms.schedule.timeline import Timeline
-from hcms.shortlist import shortlist
+from hcms.shortlist import BASELINES, shortlist
 from hcms.transport.layout import HeadExchange, LayerShape
 
 SHAPES_KEPT = 8
@@ -64,19 +64,19 @@ class SequenceParallelAttention:
     shapes, in the same order.
 
     Streams (CUDA): inputs may be pending on the caller's current stream, and so is the output on return. Communication
-    of overlapping methods runs on side streams of this object; the current stream waits for them before the call
-    returns to it, without host synchronisation. Buffers belong to this object, one set a shape for the `SHAPES_KEPT`
-    shapes that were used last, and are reused by every call; the output is a new tensor of the caller's. A shape beyond
-    those waits for the device once, since it frees buffers. One object must not be used from two threads or streams at
-    once.
+    of overlapping methods runs on side streams, which all objects of a device share; the current stream waits for them
+    before the call returns to it, without host synchronisation. Buffers belong to this object, one set a shape for the
+    `SHAPES_KEPT` shapes that were used last, and are reused by every call; the output is a new tensor of the caller's.
+    A shape beyond those waits for the device once, since it frees buffers. One object must not be used from two threads
+    or streams at once.
 
     Args:
         group: the ranks (Gloo, NCCL or "emulated"); the default group if None. Overlapping methods on NCCL make
             communicators of their own from it at the first call.
         method: a name of the table `hcms.methods.METHODS`.
         plan: how a rank's M = N/P heads are cut: `"1-3-1"`, `"even:2"`, `"1x2-3-1x2"` (ends in parts), or `"auto"`,
-            which chooses method, cut and order by the profile (rank 0's choice, broadcast). Ignored by methods that cut
-            nothing.
+            which chooses cut and order, or Ulysses where they do not pay, by the profile (rank 0's word). Ignored by
+            methods that cut nothing.
         kernel: a name from `hcms.kernels.KERNELS`.
         prefetch, first: see `two_lane`.
         profile: for `plan="auto"`, a profile or its path; measured on the first call of a shape if None.
@@ -168,7 +168,8 @@ class SequenceParallelAttention:
             while len(self._layers) > SHAPES_KEPT:  # the same on all ranks, which are given shapes in the same order
                 if q_BLNH.is_cuda:  # lanes and graphs may be at work in what is freed
                     torch.cuda.synchronize(q_BLNH.device)
-                self._layers.popitem(last=False)
+                _, dropped = self._layers.popitem(last=False)
+                dropped.graphs = None  # they hold the layer, and what nothing else holds should go now
         self._layers.move_to_end(key)
         return self._layers[key]
 
@@ -282,9 +283,33 @@ class SequenceParallelAttention:
         costs = WorkloadCosts(profile, workload, graph=self.graph == "auto")
         if device.type == "cuda" and self.ranks > 1 and workload.heads_a_rank > 1:
             return self._raced(costs, shape, dtype, device)
+        if self.method != "hcms":
+            return self._predicted(costs, shape, dtype, device)
         choice = firsts(choose(costs, shape.heads, self.ranks), self.group)
         self.plan_reason, self.predicted_ms = choice.reason, choice.predicted_ms
         return self._build(choice.schedule(), shape, dtype, device)
+
+    def _predicted(self, costs: WorkloadCosts, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> _Layer:
+        """The plan of this method that is predicted to be fastest, or Ulysses where none gains more than a margin."""
+        setting = Setting(self.ranks, on_host=device.type == "cpu")
+        plans = shortlist(costs, shape.heads // self.ranks, setting, [self.method])
+        schedules = {plan: METHODS[plan.method].build(plan, setting) for plan in plans}
+        times_ms: dict[Plan, float] = firsts(
+            {plan: predict(schedule, costs).duration_ms for plan, schedule in schedules.items()}, self.group
+        )
+        base = min((plan for plan in plans if plan.method in BASELINES), key=lambda plan: times_ms[plan])
+        for plan in sorted(times_ms, key=lambda plan: times_ms[plan]):
+            gain = times_ms[base] / times_ms[plan] - 1
+            if plan.method not in BASELINES and gain <= MARGIN:
+                continue
+            with suppress(ValueError):  # thin ends that this kernel would round otherwise; the same on all ranks
+                layer = self._build(schedules[plan], shape, dtype, device)
+                self.predicted_ms = times_ms[plan]
+                self.plan_reason = f"{plan.method} {plan.shape}: predicted {times_ms[plan]:.4g} ms, {base.method} " + (
+                    f"{times_ms[base]:.4g} ms" if plan != base else f"is not beaten by more than {MARGIN:.0%}"
+                )
+                return layer
+        raise AssertionError("Ulysses fits every shape")
 
     def _raced(self, costs: WorkloadCosts, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> _Layer:
         """The fastest of the shortlist, timed on these ranks as it will be called; the others' buffers are freed."""
@@ -312,9 +337,9 @@ class SequenceParallelAttention:
                 call(plan)
         raced = race(self.group, [(plan, partial(call, plan)) for plan in layers], prepare)
         self.plan_reason, self.predicted_ms = raced.reason, None
-        winner = layers[raced.winner]
-        winner.graphs = None  # those of the trial's own tensors
-        return winner
+        for layer in layers.values():
+            layer.graphs = None  # those of the trial's own tensors; they hold the layers that lost, too
+        return layers[raced.winner]
 
     def _make_lanes(self, device: torch.device) -> Lanes:
         backend = _backend(self.group, device.type)

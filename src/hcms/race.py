@@ -14,6 +14,7 @@ from hcms.schedule.plan import Plan
 from hcms.shortlist import BASELINES
 
 ROUNDS = 3
+MARGIN = 0.01  # as a prediction has to gain (`choose`)
 _ROUND_MS = 120.0  # back-to-back calls of a plan; the first half is not timed: a graph's first replays load it
 _FEWEST, _MOST = 4, 24
 
@@ -65,13 +66,16 @@ def race(
 
 
 def decide(times_ms: dict[Plan, list[float]]) -> Raced:
-    """The fastest plan if it beats the faster Ulysses beyond noise: in most rounds, and by the median."""
+    """The fastest plan if it beats the faster Ulysses beyond noise: in most rounds, and by more than the margin.
+
+    The rounds that say which plan is fastest also say by how much, so of plans that are alike one looks faster.
+    """
     medians = {plan: float(median(ms)) for plan, ms in times_ms.items()}
     base = min((p for p in medians if p.method in BASELINES), key=lambda p: medians[p])
     best = min(medians, key=lambda p: medians[p])
     gain = medians[base] / medians[best] - 1
     wins = sum(a < b for a, b in zip(times_ms[best], times_ms[base], strict=True))
-    if best.method in BASELINES or 2 * wins <= len(times_ms[best]):
+    if best.method in BASELINES or 2 * wins <= len(times_ms[best]) or gain <= MARGIN:
         return Raced(base, medians, f"{base.method}: no chunked plan was faster beyond noise in {ROUNDS} rounds")
     text = f"{best.method} {best.shape}: timed {medians[best]:.4g} ms, {gain:.1%} faster than {base.method}"
     return Raced(best, medians, f"{text} ({medians[base]:.4g} ms), of {len(medians)} plans in {ROUNDS} rounds")

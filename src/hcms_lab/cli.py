@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.paths import ROOT
 
 # In the order in which they are listed; each is a module of `commands` (with _ for -), imported only when it is called.
 COMMANDS = {
@@ -55,6 +56,8 @@ def _run(argv: list[str]) -> int:
     )
     top.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     name = top.parse_args(argv[:1]).command
+    if not (ROOT / "conf" / "exp").is_dir():
+        raise UsageError("hcms-lab works in a checkout of its repository: there, pip install -e '.[lab]'")
     command = import_module(f"hcms_lab.commands.{name.replace('-', '_')}")
     parser = _Parser(
         prog=f"hcms-lab {name}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -36,7 +36,7 @@ class CallGraphs:
         self._by_address: OrderedDict[tuple[int, ...], torch.cuda.CUDAGraph] = OrderedDict()
         self._copies: tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]] | None = None
         self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
-        self._forgotten = 0  # addresses that came once and have not come again
+        self._forgotten = 0  # addresses that were seen or captured, and given up for others
         self.refusal: str | None = None  # why calls are not replayed
 
     def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, out_BLNH: Tensor) -> bool:
@@ -46,12 +46,14 @@ class CallGraphs:
         given = (q_BLNH, k_BLNH, v_BLNH, out_BLNH)
         key = tuple(x for t in given for x in (t.data_ptr(), *t.stride()))
         graph = self._by_address.get(key)
-        if graph is None and key in self._seen:
+        if graph is None and key in self._seen and self._forgotten <= SEEN_ONCE:
             graph = self._captured(given)
             if graph is not None:
+                del self._seen[key]
                 self._by_address[key] = graph
                 while len(self._by_address) > BY_ADDRESS:
                     self._by_address.popitem(last=False)
+                    self._forgotten += 1  # more addresses come again than are kept
         if graph is not None:
             self._by_address.move_to_end(key)
             graph.replay()
@@ -65,7 +67,8 @@ class CallGraphs:
     def _by_copies(self, given: tuple[Tensor, ...]) -> bool:
         """Addresses do not come again: copy the inputs to where a graph reads them, and its output to where it goes."""
         if self._copies is None:
-            own = tuple(torch.empty_like(t) for t in given)
+            with torch.inference_mode(False):  # buffers of this object, to be written in any mode
+                own = tuple(torch.empty_like(t) for t in given)
             graph = self._captured(own)
             if graph is None:
                 return False

@@ -30,8 +30,6 @@ class Link:
         summary: what of it is real and what is not, in a line.
         devices: device types that it connects.
         processes: `each` rank is one, or `one` process is one rank of P and stands for all.
-        evidence: what a measurement over it can show: `hardware`, `one card`, or `mechanism`.
-        paced: whether a bandwidth or a communication ratio can be set.
         start: `(rank, ranks, device, timeout, store) -> control group`: makes the default process group, by the store
             or by what the environment says, and returns one for barriers and gathered results, never for what is
             measured.
@@ -41,8 +39,6 @@ class Link:
     summary: str
     devices: tuple[str, ...]
     processes: Literal["each", "one"]
-    evidence: Literal["hardware", "one card", "mechanism"]
-    paced: bool
     start: Start
 
 
@@ -59,14 +55,3 @@ def links() -> dict[str, Link]:
     modules = (import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
     made: list[Link] = [module.LINK for module in modules if hasattr(module, "LINK")]
     return {link.name: link for link in made}
-
-
-def link(name: str) -> Link:
-    """The link of that name.
-
-    Raises:
-        ValueError: no such link; the message lists those that there are.
-    """
-    if name not in links():
-        raise ValueError(f"unknown link {name!r}: choose one of {', '.join(links())}")
-    return links()[name]

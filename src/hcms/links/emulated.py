@@ -230,4 +230,4 @@ def start(
     return control
 
 
-LINK = Link(NAME, "ranks, exchange and results are real; the pace is set", ("cpu",), "each", "mechanism", True, start)
+LINK = Link(NAME, "ranks, exchange and results are real; the pace is set", ("cpu",), "each", start)

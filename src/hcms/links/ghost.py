@@ -169,7 +169,5 @@ LINK = Link(
     "or NCCL",
     ("cuda",),
     "one",
-    "one card",
-    True,
     start,
 )

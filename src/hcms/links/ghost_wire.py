@@ -18,23 +18,6 @@ from torch.futures import Future
 
 _ALIGN = 256
 _SCRATCH_BYTES = 64 << 20
-_SM_KERNEL = """
-extern "C" __global__ void swap(uint4* out_to, const uint4* out_from, int out_n, uint4* in_to, const uint4* in_from,
-                                int in_n) {
-    const int half = gridDim.x / 2;
-    const bool out = blockIdx.x < half;
-    uint4* to = out ? out_to : in_to;
-    const uint4* from = out ? out_from : in_from;
-    const int n = out ? out_n : in_n;
-    const int stride = half * blockDim.x;
-    int i = (out ? blockIdx.x : blockIdx.x - half) * blockDim.x + threadIdx.x;
-    for (; i + 3 * stride < n; i += 4 * stride) {
-        uint4 a = from[i], b = from[i + stride], c = from[i + 2 * stride], d = from[i + 3 * stride];
-        to[i] = a; to[i + stride] = b; to[i + 2 * stride] = c; to[i + 3 * stride] = d;
-    }
-    for (; i < n; i += stride) to[i] = from[i];
-}
-"""
 
 
 @dataclass(frozen=True)
@@ -62,8 +45,6 @@ class Wire:
 
     def __init__(self) -> None:
         self.mode: Literal["prepare", "replay"] = "prepare"
-        self.engine: Literal["copy", "sm"] = "copy"
-        self.sm_blocks = 8
         self.sent_bytes = 0
         self._heads = 0
         self._expected = self._left = self._arriving = torch.empty(0, dtype=torch.uint8)
@@ -72,7 +53,6 @@ class Wire:
         self._extra = (0.0, 0)  # bytes sent again for each byte, and for each work
         self._scratch: tuple[Tensor, Tensor, Tensor] | None = None
         self._sides: dict[int, _Sides] = {}
-        self._sm_kernel: Any = None
         self.last_sent: Tensor | None = None
 
     def reserve(self, nbytes: int) -> None:
@@ -90,7 +70,8 @@ class Wire:
 
         Args:
             gbps: the bandwidth off the rank that is wanted; None leaves what there is.
-            native_gbps: what there is, both directions at once.
+            native_gbps: what there is, both directions at once; the default is PCIe 5's, so on a host with less the link
+                comes out slower than `gbps`.
             latency_us: as much more time a work.
 
         Raises:
@@ -146,8 +127,6 @@ class Wire:
                 self._lay(left, leaves)
                 arriving.copy_(_bytes(leaves), non_blocking=True)
                 _bytes(arrives).copy_(arriving, non_blocking=True)
-            elif self.engine == "sm":
-                self._swap_by_kernel(left, leaves, arrives, arriving)
             else:
                 self._out(sides, left, leaves)
                 self._in(sides, arrives, arriving)
@@ -241,14 +220,6 @@ class Wire:
                 to, source = (host, card) if out else (card, host)
                 to[:n].copy_(source[:n], non_blocking=True)
                 again -= n
-
-    def _swap_by_kernel(self, left: Tensor, leaves: Tensor, arrives: Tensor, arriving: Tensor) -> None:
-        if self._sm_kernel is None:
-            self._sm_kernel = torch.cuda._compile_kernel(_SM_KERNEL, "swap")
-        n = leaves.nbytes // 16
-        self._sm_kernel(
-            grid=(2 * self.sm_blocks, 1, 1), block=(512, 1, 1), args=[left, leaves, n, arrives, arriving, n]
-        )
 
 
 WIRE = Wire()

@@ -24,4 +24,4 @@ def start(
     return control
 
 
-LINK = Link("native", "the machine's own link", ("cuda", "cpu"), "each", "hardware", False, start)
+LINK = Link("native", "the machine's own link", ("cuda", "cpu"), "each", start)

@@ -23,9 +23,11 @@ The ends it finds are priced exactly, by the simulator, for all orders and depth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from hcms.schedule.contend import Stage
 from hcms.schedule.cost import predict
 from hcms.schedule.cut import Cut, even, format_cut, tapered
 from hcms.schedule.schedule import COMPUTE, First, Op, Schedule, serial, three_lane, two_lane
@@ -286,7 +288,11 @@ def _usual_orders(cut: Cut, methods: tuple[str, ...], host_counts: bool) -> Iter
 class _SlowerLink:
     """The same costs with the communication lanes 10 % slower."""
 
-    costs: Costs
+    costs: Any
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else these costs say."""
+        return getattr(self.costs, name)
 
     @property
     def host_computes(self) -> bool:
@@ -295,6 +301,15 @@ class _SlowerLink:
     @property
     def ports(self) -> int:
         return getattr(self.costs, "ports", 1)
+
+    @property
+    def stages(self) -> Callable[[Op, Schedule], tuple[Stage, ...]]:
+        priced = self.costs.stages
+
+        def slower(op: Op, schedule: Schedule) -> tuple[Stage, ...]:
+            return tuple(s._replace(ms=s.ms * 1.1) if s.occupies == "wire" else s for s in priced(op, schedule))
+
+        return slower
 
     def op_cost(self, op: Op, schedule: Schedule) -> OpCost:
         cost = self.costs.op_cost(op, schedule)

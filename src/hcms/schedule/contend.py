@@ -96,6 +96,10 @@ def contend(schedule: Schedule, costs: GpuCosts) -> Timeline:
         progressed = True
         while progressed:
             progressed = False
+            for lane, r in list(state.running.items()):  # first what ends: it makes room
+                if r.started and r.left_ms <= _EPSILON_MS:
+                    _next_stage(state, lane, r, ended_ms)
+                    progressed = True
             for lane in by_priority:
                 if lane not in state.running and queues[lane]:
                     index = queues[lane][0]
@@ -105,14 +109,10 @@ def contend(schedule: Schedule, costs: GpuCosts) -> Timeline:
                         queues[lane].pop(0)
                         stages = [s for s in costs.stages(op, schedule) if s.ms > 0] or [Stage("nothing", 0.0)]
                         state.running[lane] = _Running(index, stages, stages[0].ms, state.now_ms)
-                        progressed = True
                 r = state.running.get(lane)
                 if r is not None and not r.started and may_start(r):
                     r.started = True
                     begun_ms.setdefault(r.index, state.now_ms)
-                    progressed = True
-                if r is not None and r.started and r.left_ms <= _EPSILON_MS:
-                    _next_stage(state, lane, r, ended_ms)
                     progressed = True
         if len(ended_ms) == len(schedule.ops):
             break

@@ -102,8 +102,8 @@ class WorkloadCosts:
         """Price one operation of `schedule`, whose cut adds up to this workload's M (or which is a ring)."""
         in_ring = schedule.name == "ring"
         size = min(op.chunk, 1) if in_ring else schedule.cut[op.chunk]  # a ring's steps are alike but for the first
-        # One chunk on two lanes has nothing to overlap with.
-        contends = schedule.overlaps and len(schedule.cut) > 1
+        # One chunk on two lanes has nothing to overlap with, and what waits for attention's end runs beside none of it.
+        contends = schedule.overlaps and len(schedule.cut) > 1 and not self._blocked
         key = (op.kind, size, op.tensors, op.part, in_ring, contends, schedule.copies_apart)
         if key not in self._known:
             cost = self._ring_cost(op) if in_ring else self._chunk_cost(op, size, apart=schedule.copies_apart)
@@ -201,15 +201,18 @@ class WorkloadCosts:
     def wire_needs_sms(self) -> bool:
         return self.profile.wire_needs_sms
 
+    @property
+    def _blocked(self) -> bool:
+        """Whether an exchange has to wait for attention's end."""
+        return self.holds_sms and self.wire_needs_sms
+
     def host_ms(self, op: Op, schedule: Schedule) -> float:
         return self._host_ms
 
     def stages(self, op: Op, schedule: Schedule) -> tuple[Stage, ...]:
         """An operation as the stages that `contend` lets meet."""
         in_ring = schedule.name == "ring"
-        # What waits for attention's end runs beside none of it.
-        beside = schedule.overlaps and not (self.holds_sms and self.wire_needs_sms)
-        slowdown = self._slowdown(op, in_ring) if beside else 1.0
+        slowdown = self._slowdown(op, in_ring) if schedule.overlaps and not self._blocked else 1.0
         if op.kind == "attend":
             if in_ring:
                 return (Stage("attend", self._ring_cost(op).lane_ms * slowdown),)
@@ -306,9 +309,9 @@ def predict(schedule: Schedule, costs: Costs) -> Timeline:
 
     On one port a third lane adds no bandwidth: both communication lanes are priced as one, in issue order.
     """
-    knows_stages = isinstance(costs, WorkloadCosts | IdealCosts)
-    if knows_stages and not costs.host_computes and (schedule.copies_apart or costs.holds_sms):
-        return contend(schedule, costs)
+    gpu: Any = costs if hasattr(costs, "stages") and not costs.host_computes else None
+    if gpu is not None and (schedule.copies_apart or gpu.holds_sms):
+        return contend(schedule, gpu)
     if getattr(costs, "ports", 1) > 1 or COMM_OUT not in schedule.lanes:
         return simulate(schedule, costs)
     ops = tuple(replace(op, lane=COMM) if op.lane == COMM_OUT else op for op in schedule.ops)

@@ -365,6 +365,8 @@ def _latency_and_gbps(samples: list[Mapping[str, Any]]) -> tuple[float, float]:
     mean_y = sum(w * y for w, (_, y) in zip(weights, sizes, strict=True)) / total
     spread = sum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, sizes, strict=True))
     product = sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, sizes, strict=True))
+    if mean_x == 0:  # one rank alone sends nothing
+        return 0.0, math.inf
     slope = product / spread if spread > 0 else mean_y / mean_x
     latency_ms = mean_y - slope * mean_x
     if slope <= 0:  # faster than can be told: no bytes are too many

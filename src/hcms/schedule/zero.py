@@ -5,7 +5,7 @@ packing and the copy of its own share included, waits for that end, and nothing 
 move bytes and do nothing else:
 
 - the compute lane packs chunk 0, and the other chunks while chunk 0 is on the wire; the own share is copied where it is
-  read, and never sent;
+  read, and never sent (Gloo has no all-to-all that leaves a share out);
 - returns have a lane of their own, so that none queues behind an exchange;
 - the compute lane unpacks behind the last attention, all but the last chunk while the last return is on the wire;
 - the first chunk's keys and values come first and its queries in parts, each attended to as it arrives; the last

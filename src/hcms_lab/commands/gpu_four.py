@@ -28,7 +28,7 @@ STEPS = [Step(name, link, environment) for name in EXPERIMENTS for link, environ
 def options(parser: ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for every step")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no step later, cut off the last")
-    parser.add_argument("--output", type=Path, default=Path("outputs/gpu-four"))
+    parser.add_argument("--output", type=lambda given: Path(given).resolve(), default="outputs/gpu-four")
     parser.add_argument("--list", action="store_true", help="show the steps, run nothing")
 
 

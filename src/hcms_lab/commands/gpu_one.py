@@ -95,7 +95,7 @@ def run_tests(folder: Path) -> Iterator[tuple[str, bool, str]]:
 def options(parser: ArgumentParser) -> None:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for every experiment")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing later, cut off an experiment then")
-    parser.add_argument("--output", type=Path, default=Path("outputs/gpu-one"))
+    parser.add_argument("--output", type=lambda given: Path(given).resolve(), default="outputs/gpu-one")
     parser.add_argument("--only", default="", help=f"parts to run, done or not, of {','.join(PARTS)}")
     parser.add_argument("--list", action="store_true", help="show what there is to do, run nothing")
 
@@ -160,6 +160,7 @@ def card(folder: Path, wanted: list[str], ends_s: float) -> int:
     if before.is_file() and (theirs := json.loads(before.read_text())["commit"]) != env["commit"]:
         raise UsageError(f"{folder} holds records of commit {theirs}: give another folder by --output")
     before.write_text(json.dumps(env, indent=2) + "\n")
+    (folder / "config.resolved.yaml").write_text("name: gpu-one\nkind: gpu_one\n")
     file = RecordFile(folder / "records.jsonl")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29555")

@@ -91,22 +91,11 @@ class OurMethod:
 
     @property
     def actual_path(self) -> str:
-        """From what ran, not from what was asked for."""
-        schedule = self._attention.schedule
-        if schedule is None:
-            return "nothing ran"
-        overlap = "overlapped" if schedule.overlaps else "serial"
-        backend = dist.get_backend(self._attention.group)
-        ran = self._kernel_runs or self._attention.kernel.name
-        path = f"{schedule.name}/{format_cut(schedule.cut)}/{ran}/{backend}/{overlap}"
-        return path if self._attention.graph == "off" else f"{path}/{self._attention.path}"
+        return path_of(self._attention, self._kernel_runs)
 
     @property
     def cut(self) -> str | None:
-        schedule = self._attention.schedule
-        if schedule is None or schedule.name == "ring":
-            return None
-        return str(Shape(schedule.cut, (schedule.parts[0], schedule.parts[-1]), COMPUTE_2 in schedule.lanes))
+        return cut_of(self._attention)
 
     @property
     def schedule(self) -> Schedule | None:
@@ -119,6 +108,25 @@ class OurMethod:
     @property
     def buffer_bytes(self) -> int:
         return self._attention.buffer_bytes
+
+
+def path_of(attention: SequenceParallelAttention, kernel_runs: str | None = None) -> str:
+    """What the last call was: from what ran, not from what was asked for."""
+    schedule = attention.schedule
+    if schedule is None:
+        return "nothing ran"
+    overlap = "overlapped" if schedule.overlaps else "serial"
+    ran = kernel_runs or attention.kernel.name
+    path = f"{schedule.name}/{format_cut(schedule.cut)}/{ran}/{dist.get_backend(attention.group)}/{overlap}"
+    return path if attention.graph == "off" else f"{path}/{attention.path}"
+
+
+def cut_of(attention: SequenceParallelAttention) -> str | None:
+    """The last call's cut, with what is done at its ends, as configurations write it; None of a ring."""
+    schedule = attention.schedule
+    if schedule is None or schedule.name == "ring":
+        return None
+    return str(Shape(schedule.cut, (schedule.parts[0], schedule.parts[-1]), COMPUTE_2 in schedule.lanes))
 
 
 class AttentionAlone:

@@ -68,6 +68,7 @@ def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
     changes = None if told else _git("diff", "HEAD", "--", ":/src", ":/experiments", ":/conf")
     facts: dict[str, Any] = {
         "commit": told or _git("rev-parse", "HEAD"),
+        "commit_told": bool(told),
         # Only tracked files can differ from the commit: new figures and records do not change what was measured.
         "dirty": None if status is None else bool(status),
         # A run goes on only with the same code, and uncommitted code has no name of its own.

@@ -29,7 +29,8 @@ FILES = ("records.jsonl", "env.json", "config.resolved.yaml")
 MAX_MIB = 8.0  # of one run: a trace of one iteration is small, a trace of them all does not belong in a repository
 
 _NEEDED = ("commit", "dirty", "hardware", "link", "python", "torch", "versions", "started")
-GATHERING = ("hardware_types", "wan_predict")  # they gather other runs' records and predict: no grid of cases
+# Kinds without a grid of cases: they gather other runs' records and predict, or measure a card's parts.
+GATHERING = ("hardware_types", "wan_predict", "gpu_one")
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -121,8 +122,9 @@ def _less(run: pd.DataFrame, than: pd.DataFrame) -> str:
 
 
 def _environment(env: Mapping[str, Any]) -> Iterator[str]:
+    told = {"dirty"} if env.get("commit_told") else set()  # a copy without its history cannot say
     for key in _NEEDED:
-        if env.get(key) is None:
+        if env.get(key) is None and key not in told:
             yield f"env.json has no {key}: run the experiment again with this version"
     hardware = env.get("hardware") or {}
     for key in ("name", "slug", "count"):

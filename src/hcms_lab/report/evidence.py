@@ -80,6 +80,11 @@ class Evidence:
     def verdict(self) -> str:
         return self.grade.verdict(self.outcome)
 
+    @property
+    def rested(self) -> bool:
+        """Of a GPU: single calls after pauses, at a higher clock than a model's layers find; said where it counts."""
+        return self.grade.rank >= ONE_CARD.rank and "rested load" in self.on
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -122,7 +127,7 @@ class Finding:
         if not self.evidence:
             return NOT_YET
         links = ", ".join(dict.fromkeys(e.link for e in self.best))
-        each = "; ".join(f"{short_hardware(e.hardware)} {e.short}" for e in self.best)
+        each = "; ".join(f"{short_hardware(e.hardware)}{', rested,' * e.rested} {e.short}" for e in self.best)
         return f"{each} ({links} link)"
 
 

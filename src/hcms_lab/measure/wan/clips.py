@@ -22,11 +22,11 @@ from torch import Tensor
 from hcms.attention import SequenceParallelAttention
 from hcms.clip import ClipShape
 from hcms.diffusers import parallelize, restore
-from hcms.schedule.cut import format_cut
 from hcms_lab.ground.clip_record import ClipRecord, against_ulysses, of_clip
 from hcms_lab.ground.model_config import ModelConfig
 from hcms_lab.ground.records import RecordFile
 from hcms_lab.measure.cases import Case, Point
+from hcms_lab.measure.contestant import cut_of, path_of
 from hcms_lab.measure.job import Job
 from hcms_lab.measure.launch import Rank
 from hcms_lab.measure.link import settle
@@ -321,13 +321,7 @@ def _records(
         plain_errors = [b[8] for b in by_rank if b[8] is not None]
         equal, worst = all(b[4] for b in by_rank), max(b[7] for b in by_rank)
         error = max(b[6] for b in by_rank)
-        schedule = e.attention.schedule
-        path = "nothing ran"
-        if schedule is not None:
-            overlap = "overlapped" if schedule.overlaps else "serial"
-            backend = dist.get_backend(e.attention.group)
-            path = f"{schedule.name}/{format_cut(schedule.cut)}/{e.attention.kernel.name}/{backend}/{overlap}"
-        cut = format_cut(schedule.cut) if schedule is not None and schedule.name != "ring" else None
+        schedule, path, cut = e.attention.schedule, path_of(e.attention), cut_of(e.attention)
         off_plain = max(b[11] for b in by_rank)
         wrong = None
         if off_plain > TOLERANCE[model.dtype]:
