@@ -82,7 +82,7 @@ def test_ranks_of_several_hosts(run: ModuleType, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_job_elsewhere_is_set_up_for_gpus(tmp_path: Path) -> None:
-    """`device=cuda` on a host that has none, as one that submits jobs: the full size, whatever flag of Hydra's is used."""
+    """`device=cuda` on a host that has none, as one that submits jobs: the full size, with any flag of Hydra's."""
     done = tiny.command(tmp_path, str(tiny.EXPERIMENTS / "run.py"), "--cfg", "job", "+exp=fig3", "device=cuda")
     assert done.returncode == 0, done.stderr
     assert "tokens_per_frame: 3600" in done.stdout

@@ -70,8 +70,8 @@ class Wire:
 
         Args:
             gbps: the bandwidth off the rank that is wanted; None leaves what there is.
-            native_gbps: what there is, both directions at once; the default is PCIe 5's, so on a host with less the link
-                comes out slower than `gbps`.
+            native_gbps: what there is, both directions at once; the default is PCIe 5's, and where there is less the
+                link comes out slower than `gbps`.
             latency_us: as much more time a work.
 
         Raises:
