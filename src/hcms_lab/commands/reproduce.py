@@ -1,6 +1,6 @@
 """Run every experiment that has a time budget, one after the other, and redraw every figure and table.
 
-    hcms-lab reproduce                            # all: under 40 minutes on 2 idle cores
+    hcms-lab reproduce                            # all: about 50 minutes on 2 idle cores
     hcms-lab reproduce --only fig5,table2         # some of them
     hcms-lab reproduce --draw                     # no measurement: redraw from the newest records
     hcms-lab reproduce bench.iterations=3 ...     # settings go to every experiment
