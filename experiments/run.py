@@ -45,7 +45,7 @@ ABOUT_HYDRA = ("--version", "--hydra-help", "--info", "-i", "--shell-completion"
 HYDRAS = (*ABOUT_HYDRA, "--cfg", "-c", "--package", "-p", "--resolve", "--multirun", "-m")
 USED_MOST = {
     "latent_frames=[9,16]": "lengths, in latent frames; whole clips have video frames: frames=33",
-    "ranks=5": "how many ranks, which divide the heads; a list, or each for 2, 4 and 8",
+    "ranks=4": "how many ranks, which divide the heads; a list, or each for 2, 4 and 8",
     "methods=[ulysses,hcms]": "who is measured",
     "cuts=[even:5,1-3-1,auto]": "how methods that cut heads cut them",
     "workload=wan720p": "the layer, a file of conf/workload/",

@@ -275,7 +275,7 @@ def _check_memory(cfg: Settings, model: ModelConfig, clips: list[ClipShape], all
         there = cfg.memory_gib * GIB if cfg.memory_gib is not None else available_bytes(device_of(cfg), ranks)
         if ranks not in needs:
             continue
-        others = len(cases_of(cfg, heads, [ranks])) - 1  # every method keeps its own buffers
+        others = len(cases_at(cfg, heads, ranks)) - 1  # every method keeps its own buffers
         need = needs[ranks].need_bytes + others * needs[ranks].buffer_bytes
         if need > there:
             raise UsageError(

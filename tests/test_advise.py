@@ -150,7 +150,7 @@ class TestAdvice:
         for name in ("h100-sxm", "h100-pcie", "b200-sxm"):
             found = advise(catalogue.gpu(name), wan(seq_len, ranks))
             assert found.verdict != USE
-            assert found.gain_low <= 0 <= found.gain < 0.1
+            assert found.gain_low <= 0 <= found.gain < 0.2
             assert found.freed_gain is not None
             assert found.freed_gain >= 0
         blocked = advise(catalogue.gpu("h100-pcie"), wan(seq_len, ranks))
@@ -236,7 +236,7 @@ class TestCommand:
         lines = done.stdout.splitlines()
         assert lines[0].startswith("little to gain: H100 SXM over nvlink4")
         assert "h100 is taken for H100 SXM (h100-sxm)." in lines
-        assert "H100 PCIe is another card, gpu=h100-pcie: do not over pcie5." in lines
+        assert "H100 PCIe is another card, gpu=h100-pcie: little to gain over pcie5." in lines
         assert "flash-attn-3 holds every SM until it ends" in done.stdout
         assert "assumptions=true lists them" in lines[-1]
 

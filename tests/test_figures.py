@@ -281,13 +281,13 @@ def test_notebooks_are_the_template_and_hold_no_output() -> None:
 
 def test_reproduce_fits_its_time_and_ends_with_the_claims() -> None:
     planned = steps()
-    assert sum(step.budget_min or 0 for step in planned) < 40
+    assert sum(step.budget_min or 0 for step in planned) < 60
     assert [step.name for step in planned][-2:] == ["fig6", "table1"]
     assert {*FIGURES, *TABLES} <= {step.name for step in planned}
 
 
 def test_a_figure_registers_itself_under_a_name_of_its_own() -> None:
-    assert list(exhibits()) == [*(f"fig{i}" for i in range(1, 9)), *(f"table{i}" for i in range(1, 6))]
+    assert {*(f"fig{i}" for i in range(1, 9)), *(f"table{i}" for i in range(1, 6))} <= set(exhibits())
     assert (exhibit("fig4").label, exhibit("table2").label) == ("Figure 4", "Table 2")
     with pytest.raises(ValueError, match=r"registered already, by hcms_lab\.report\.fig3"):
         register("fig3", "Another")(lambda records: None)

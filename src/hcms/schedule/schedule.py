@@ -1,7 +1,7 @@
 """A schedule is data: operations on lanes, in the order in which the host issues them.
 
 Four readers share one `Schedule`: lanes run it, `simulate.py` prices it, the timeline figure draws it
-and property tests check it. A new idea (a lane, a deeper prefetch) is a new builder here and nothing else.
+and property tests check it. A new idea (a lane, a deeper prefetch) is a new builder and nothing else.
 
 Lanes are first in, first out, as CUDA streams are: an operation starts when the one before it on its lane has ended
 and every operation named in `after` has ended.

@@ -73,7 +73,10 @@ def gpus_of(name: str | None) -> list[catalogue.Gpu]:
     Raises:
         UsageError: no name, or one that the catalogue lacks.
     """
-    everything = catalogue.load().gpus
+    try:
+        everything = catalogue.load().gpus
+    except ValueError as error:  # an entry that somebody is adding
+        raise UsageError(str(error)) from None
     if name == "all":
         return list(everything.values())
     if name is None:
