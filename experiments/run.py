@@ -247,6 +247,8 @@ def with_hydras_flags(argv: list[str]) -> None:
     about_hydra = any(flag in argv for flag in ABOUT_HYDRA)
     overrides = [a for a in argv if "=" in a and not a.startswith("-")]
     schema = BaseConfig if about_hydra else schema_of(overrides)
+    if {"--multirun", "-m"} & set(argv):  # a job elsewhere finds the scripts of the kinds as this process does
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     if not about_hydra:
         sys.argv[1:] = [*(a for a in argv if a not in overrides), *with_gpus(overrides)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing

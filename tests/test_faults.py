@@ -140,7 +140,13 @@ def test_a_rank_that_will_not_end_is_ended(tmp_path: Path, mark: str) -> None:
 # ---- the parent ------------------------------------------------------------------------------------------------------
 
 
-def started(folder: Path, mark: str, *, before: Any = None) -> tuple[subprocess.Popen[str], Path]:
+def as_a_terminal_starts_it() -> None:
+    """Whatever started the tests may have had these ignored, and what is ignored stays so."""
+    for each in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)
+
+
+def started(folder: Path, mark: str, *, before: Any = as_a_terminal_starts_it) -> tuple[subprocess.Popen[str], Path]:
     """An endless run in a session of its own, once it has measured its first point."""
     run = subprocess.Popen(
         [sys.executable, str(tiny.EXPERIMENTS / "run.py"), *TINY, "bench.iterations=80", LONG],
@@ -185,6 +191,7 @@ def test_an_interrupt_before_anything_runs(tmp_path: Path, mark: str, wanted: in
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=as_a_terminal_starts_it,
     )
     until_s = time.monotonic() + 60
     while len(processes(mark)) < wanted:
