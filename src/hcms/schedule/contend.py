@@ -90,8 +90,6 @@ def contend(schedule: Schedule, costs: GpuCosts) -> Timeline:
         needs_sms = occupies == "copy" or (occupies == "wire" and costs.wire_needs_sms)
         return not (needs_sms and costs.holds_sms and attending)
 
-    # Communication goes first where it becomes ready together with attention: its lanes have priority.
-    by_priority = sorted(schedule.lanes, key=lambda lane: lane in COMPUTE_LANES)
     while len(ended_ms) < len(schedule.ops):
         progressed = True
         while progressed:
@@ -100,17 +98,19 @@ def contend(schedule: Schedule, costs: GpuCosts) -> Timeline:
                 if r.started and r.left_ms <= _EPSILON_MS:
                     _next_stage(state, lane, r, ended_ms)
                     progressed = True
-            for lane in by_priority:
-                if lane not in state.running and queues[lane]:
-                    index = queues[lane][0]
-                    op = schedule.ops[index]
-                    ready = all(e in ended_ms for e in op.after) and issued_ms[index] <= state.now_ms + _EPSILON_MS
-                    if ready:
-                        queues[lane].pop(0)
-                        stages = [s for s in costs.stages(op, schedule) if s.ms > 0] or [Stage("nothing", 0.0)]
-                        state.running[lane] = _Running(index, stages, stages[0].ms, state.now_ms)
-                r = state.running.get(lane)
-                if r is not None and not r.started and may_start(r):
+            for lane, queue in queues.items():
+                if lane in state.running or not queue:
+                    continue
+                op = schedule.ops[queue[0]]
+                if all(e in ended_ms for e in op.after) and issued_ms[queue[0]] <= state.now_ms + _EPSILON_MS:
+                    stages = [s for s in costs.stages(op, schedule) if s.ms > 0] or [Stage("nothing", 0.0)]
+                    state.running[lane] = _Running(queue.pop(0), stages, stages[0].ms, state.now_ms)
+            # Communication goes first where it waits together with attention: its lanes have priority. Of two lanes of
+            # attention, what was issued first goes first.
+            for r in sorted(
+                state.running.values(), key=lambda r: (schedule.ops[r.index].lane in COMPUTE_LANES, r.index)
+            ):
+                if not r.started and may_start(r):
                     r.started = True
                     begun_ms.setdefault(r.index, state.now_ms)
                     progressed = True
