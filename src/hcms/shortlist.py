@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from hcms.methods import METHODS
 from hcms.schedule.cost import predict
-from hcms.schedule.cut import Cut, even, tapered
+from hcms.schedule.cut import Cut, tapered, usual_cuts
 from hcms.schedule.plan import Plan, Setting
 from hcms.schedule.simulate import Costs
 
@@ -43,9 +43,7 @@ def shortlist(
 
 def _plans(name: str, heads: int) -> Iterator[Plan]:
     """The plans of a method that are tried: even and tapered cuts, thin ends and two lanes where it has them."""
-    cuts = [even(heads, k) for k in range(1, min(heads, _MOST_CHUNKS) + 1)]
-    cuts += [tapered(heads, k) for k in range(3, min(heads, _MOST_CHUNKS) + 1)]
-    for cut in dict.fromkeys(cuts):
+    for cut in usual_cuts(heads, _MOST_CHUNKS):
         if not METHODS[name].thins:
             yield Plan(name, cut)
             continue

@@ -20,7 +20,7 @@ from itertools import product
 from hcms.schedule.catalogue import SPREAD, Gpu
 from hcms.schedule.choose import Choice, choose
 from hcms.schedule.cost import Workload, WorkloadCosts, predict
-from hcms.schedule.cut import even, tapered
+from hcms.schedule.cut import usual_cuts
 from hcms.schedule.schedule import Schedule, ring, serial
 from hcms.schedule.zero import zero
 
@@ -118,7 +118,9 @@ def advise(
     if costs.holds_sms:
         gains.append(min(0.0, gain))
         freed = gpu.profile(kernel=kernel, link=link, network=network, wire_needs_sms=False, attention_slowdown=1.0)
-        freed_gain = max(_gain(WorkloadCosts(freed, workload, graph=True), plan, M) for plan in _zeros(M))
+        freed_costs = WorkloadCosts(freed, workload, graph=True)
+        fastest_ms = min(predict(plan, freed_costs).duration_ms for plan in _zeros(M))
+        freed_gain = _baseline_ms(freed_costs, M) / fastest_ms - 1
     assumed = costs.profile.assumed
     if ranks > wire.ranks:
         assumed += gpu.network_assumptions(network)
@@ -145,7 +147,7 @@ def advise(
 
 def _zeros(M: int) -> list[Schedule]:
     """The plans of `hcms-zero` that are tried, Ulysses' one chunk among them."""
-    cuts = dict.fromkeys(cut(M, k) for k in range(1, min(M, _MOST_CHUNKS) + 1) for cut in (even, tapered))
+    cuts = usual_cuts(M, _MOST_CHUNKS)
     return [zero(cut, ends=(parts, parts), fill=fill) for cut in cuts for parts in (1, 2) for fill in (False, True)]
 
 
@@ -160,5 +162,9 @@ def verdict(comm_ratio: float, gain_low: float, gain_high: float) -> str:
 
 def _gain(costs: WorkloadCosts, hcms: Schedule, M: int) -> float:
     """Of a schedule over the faster Ulysses."""
-    baseline_ms = min(predict(serial((M,), split_qkv=split), costs).duration_ms for split in (True, False))
-    return baseline_ms / predict(hcms, costs).duration_ms - 1
+    return _baseline_ms(costs, M) / predict(hcms, costs).duration_ms - 1
+
+
+def _baseline_ms(costs: WorkloadCosts, M: int) -> float:
+    """The faster Ulysses'."""
+    return min(predict(serial((M,), split_qkv=split), costs).duration_ms for split in (True, False))

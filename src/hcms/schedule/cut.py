@@ -35,6 +35,12 @@ def tapered(heads: int, chunks: int) -> Cut:
     return (1, *even(heads - 2, chunks - 2), 1)
 
 
+def usual_cuts(heads: int, most_chunks: int) -> tuple[Cut, ...]:
+    """Even and tapered cuts into 1 to `most_chunks` chunks, each once: what is tried where not every cut can be."""
+    most = min(heads, most_chunks)
+    return tuple(dict.fromkeys(cut(heads, k) for cut in (even, tapered) for k in range(1, most + 1)))
+
+
 def format_cut(cut: Cut) -> str:
     """`(1, 3, 1)` as `"1-3-1"`."""
     return "-".join(map(str, cut))

@@ -64,14 +64,18 @@ def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
     """The contents of `env.json`. `device` is cpu or cuda; torch is imported for cuda alone."""
     # A copy of the tree on a machine that gets only files is told its commit; a history that it lies in is another's.
     told = os.environ.get("HCMS_COMMIT")
-    status = None if told else _git("status", "--porcelain", "--untracked-files=no")
-    new = None if told else _git("status", "--porcelain", "--", ":/src", ":/experiments", ":/conf")
+    status = None if told else _git("status", "--porcelain")
     changes = None if told else _git("diff", "HEAD", "--", ":/src", ":/experiments", ":/conf")
     facts: dict[str, Any] = {
         "commit": told or _git("rev-parse", "HEAD"),
         "commit_told": bool(told),
         # New figures and records do not change what was measured; new code does, and changes of any tracked file may.
-        "dirty": None if status is None else bool(status or new),
+        "dirty": None
+        if status is None
+        else any(
+            not line.startswith("?? ") or line[3:].startswith(("src/", "experiments/", "conf/"))
+            for line in status.splitlines()
+        ),
         # A run goes on only with the same code, and uncommitted code has no name of its own.
         "changes": sha256(changes.encode()).hexdigest()[:12] if changes else None,
         "hardware": asdict(hardware),
