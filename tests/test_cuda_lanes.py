@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hcms.attention import SequenceParallelAttention, _high_priority_group
+from hcms.attention import SequenceParallelAttention
 from hcms.kernels import KERNELS, attend_full, kernel
 from hcms.lanes import Program
+from hcms.lanes.communicators import communicator
 from hcms.lanes.cuda import CudaLanes
 from hcms.methods import METHODS
 from hcms.programs.ulysses import UlyssesProgram
@@ -56,7 +57,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dist.ProcessGrou
 @pytest.fixture(scope="module")
 def lanes(group: dist.ProcessGroup) -> CudaLanes:
     """Lanes for schedules of up to three lanes, each with a communicator of its own."""
-    groups = {lane: _high_priority_group(group) for lane in (COMM, COMM_OUT)}
+    groups = {lane: communicator(group, lane) for lane in (COMM, COMM_OUT)}
     return CudaLanes(torch.device("cuda", 0), group, groups)
 
 

@@ -20,6 +20,7 @@ from hcms.calibrate import calibrate
 from hcms.hardware import hardware
 from hcms.kernels import Kernel, kernel, rows_stand_alone
 from hcms.lanes import Lanes
+from hcms.lanes.communicators import communicator
 from hcms.lanes.cpu import CpuLanes
 from hcms.lanes.cuda import CudaLanes
 from hcms.lanes.graph import CallGraphs
@@ -36,7 +37,8 @@ from hcms.schedule.profile import Profile, load
 from hcms.schedule.schedule import COMM, COMM_OUT, First, Schedule
 from hcms.schedule.timeline import Timeline
 from hcms.shortlist import BASELINES, shortlist
-from hcms.transport.layout import HeadExchange, LayerShape
+from hcms.transport import COLLECTIVE, transport
+from hcms.transport.layout import LayerShape
 
 SHAPES_KEPT = 8
 
@@ -71,8 +73,8 @@ class SequenceParallelAttention:
     or streams at once.
 
     Args:
-        group: the ranks (Gloo, NCCL or "emulated"); the default group if None. Overlapping methods on NCCL make
-            communicators of their own from it at the first call.
+        group: the ranks (Gloo, NCCL or "emulated"); the default group if None. On NCCL the lanes of overlapping methods
+            have communicators of their own, which all objects over a group share.
         method: a name of the table `hcms.methods.METHODS`.
         plan: how a rank's M = N/P heads are cut: `"1-3-1"`, `"even:2"`, `"1x2-3-1x2"` (ends in parts), or `"auto"`,
             which chooses cut and order, or Ulysses where they do not pay, by the profile (rank 0's word). Ignored by
@@ -80,13 +82,16 @@ class SequenceParallelAttention:
         kernel: a name from `hcms.kernels.KERNELS`.
         prefetch, first: see `two_lane`.
         profile: for `plan="auto"`, a profile or its path; measured on the first call of a shape if None.
+        transport: a name of `hcms.transport.transports()`: `collective`, or `copy-engine` between GPUs of one host,
+            for which any backend will do.
         graph: `auto` captures a repeated shape's whole call on CUDA once and replays it (`hcms.lanes.graph`); `off`
             issues every call anew. A call inside a caller's own capture, or one whose timeline is recorded, is issued.
         record_timeline: keep the last call's measured Timeline in `timeline` (on CUDA this synchronises).
 
     Raises:
-        ValueError: unknown method or kernel; at the first call of a shape: heads that the ranks do not divide, a plan
-            that does not fit, shapes or dtypes that differ, inputs that need gradients, a kernel that cannot take them.
+        ValueError: unknown method, kernel or transport; at the first call of a shape: heads that the ranks do not
+            divide, a plan that does not fit, shapes or dtypes that differ, inputs that need gradients, a kernel that
+            cannot take them.
         RuntimeError: overlap was asked for and this group's backend cannot give it.
     """
 
@@ -100,6 +105,7 @@ class SequenceParallelAttention:
         prefetch: int | None = None,
         first: First = "exchange",
         profile: str | Path | Profile | None = None,
+        transport: str = COLLECTIVE,
         graph: Literal["auto", "off"] = "off",
         record_timeline: bool = False,
     ) -> None:
@@ -110,6 +116,9 @@ class SequenceParallelAttention:
         self.kernel: Kernel = _kernel(kernel)
         if self._method.needs_lse and not self.kernel.gives_lse:
             raise ValueError(f"{method} needs a kernel that gives its log-sum-exp; {kernel!r} does not")
+        self._transport = _transport(transport)
+        if self._method.program == "ring" and not self._transport.collectives:
+            raise ValueError(f"{method} goes by sends and receives, not by transport={transport!r}")
         self._order: dict[str, Any] = {"prefetch": prefetch, "first": first}
         self._profile = profile
         if graph not in ("auto", "off"):
@@ -159,7 +168,8 @@ class SequenceParallelAttention:
         self._check(q_BLNH, k_BLNH, v_BLNH)
         key = (q_BLNH.shape, q_BLNH.dtype, q_BLNH.device)
         if key not in self._layers:
-            agree(self.group, (*q_BLNH.shape, str(q_BLNH.dtype), self.method, str(self.plan)), "shape, dtype or method")
+            mine = (*q_BLNH.shape, str(q_BLNH.dtype), self.method, str(self.plan), self._transport.name)
+            agree(self.group, mine, "shape, dtype, method or transport")
             if refusal := self.kernel.refusal(q_BLNH.dtype, q_BLNH.shape[3], q_BLNH.device.type):
                 raise ValueError(refusal)
             # Buffers made in inference mode could not be written outside it by a later call.
@@ -209,18 +219,17 @@ class SequenceParallelAttention:
         return self._build(schedule, shape, dtype, device)
 
     def _build(self, schedule: Schedule, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> _Layer:
-        rank = dist.get_rank(self.group)
         if schedule.name == "ring":
+            rank = dist.get_rank(self.group)
             return _Layer(schedule, RingProgram(self.ranks, rank, shape, dtype, device, self.kernel))
         self._refuse_uneven_bits(schedule, shape, dtype, device)
-        exchange = HeadExchange(
+        exchange = self._transport.make(
+            self.group,
             schedule,
-            self.ranks,
             shape,
             dtype,
             device,
             heads_first=device.type == "cpu",
-            rank=rank,
             # Gloo has no all-to-all that leaves a share out; there the copy takes no core from anyone.
             own_apart=schedule.copies_apart and device.type != "cpu",
         )
@@ -259,9 +268,7 @@ class SequenceParallelAttention:
         slug = hardware(device.type).slug
         profile = self._profile
         if profile is None:
-            profile = calibrate(
-                self.group, shape, dtype, device, self.kernel, hardware=slug, heads_first=device.type == "cpu"
-            )
+            profile = calibrate(self.group, shape, dtype, device, self.kernel, hardware=slug, transport=self._transport)
         elif not isinstance(profile, Profile):
             path = profile
             profile = given_by_first(
@@ -343,15 +350,18 @@ class SequenceParallelAttention:
 
     def _make_lanes(self, device: torch.device) -> Lanes:
         backend = _backend(self.group, device.type)
+        if device.type not in self._transport.devices:
+            raise ValueError(f"transport={self._transport.name!r} carries no tensors on {device}")
         if device.type == "cuda":
-            if backend == ghost.NAME:  # its works have no communicator: each lane's go on streams of their own
-                return CudaLanes(device, self.group, dict.fromkeys(self._method.lanes, self.group))
-            if backend != "nccl":
-                raise RuntimeError(f"tensors on {device} need an NCCL group, this one is {backend!r}")
             lanes = self._method.lanes
             if self.plan == "auto" and self._method.cuts:
                 lanes = (COMM, COMM_OUT)  # whatever is chosen, for this shape or the next
-            return CudaLanes(device, self.group, {lane: _high_priority_group(self.group) for lane in lanes})
+            # Without communicators each lane's works go on the lane's own stream.
+            if backend == ghost.NAME or not self._transport.collectives:
+                return CudaLanes(device, self.group, dict.fromkeys(lanes, self.group))
+            if backend != "nccl":
+                raise RuntimeError(f"tensors on {device} need an NCCL group, this one is {backend!r}")
+            return CudaLanes(device, self.group, {lane: communicator(self.group, lane) for lane in lanes})
         if self._method.overlaps and backend not in ("gloo", emulated.NAME):
             raise RuntimeError(f"{self.method} overlaps on gloo, {emulated.NAME} and nccl groups, not on {backend!r}")
         if backend == emulated.NAME:
@@ -361,7 +371,7 @@ class SequenceParallelAttention:
 
 _ELEMENTS_TRIED = 1 << 17
 _WARM_CALLS = 3  # of a plan before it is timed: an eager one, its capture, a replay
-_kernel, _method = kernel, method  # the class's arguments of these names hide the functions
+_kernel, _method, _transport = kernel, method, transport  # the class's arguments of these names hide the functions
 
 
 def _default_group() -> dist.ProcessGroup:
@@ -376,13 +386,3 @@ def _backend(group: dist.ProcessGroup, device: str) -> str:
     """The backend that serves tensors of that device: a group may have one for each, as a default group has."""
     served = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
     return served.get(device, "none")
-
-
-def _high_priority_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A communicator over the same ranks whose kernels go before attention's waiting blocks."""
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # pyright: ignore[reportAttributeAccessIssue]
-    made = dist.new_group(
-        dist.get_process_group_ranks(group), backend="nccl", pg_options=options, use_local_synchronization=True
-    )
-    assert isinstance(made, dist.ProcessGroup)
-    return made

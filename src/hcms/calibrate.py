@@ -17,6 +17,7 @@ from hcms.objects import everyones, firsts
 from hcms.occupancy import occupancy
 from hcms.schedule.profile import Profile, fit
 from hcms.schedule.schedule import COMM, serial
+from hcms.transport import COLLECTIVE, Transport, transports
 from hcms.transport.layout import HeadExchange, LayerShape
 
 _ROUNDS, _REPEATS = {"cpu": 2, "cuda": 1}, 2
@@ -32,21 +33,26 @@ def calibrate(
     kernel: Kernel,
     *,
     hardware: str,
-    heads_first: bool,
+    transport: Transport | None = None,
 ) -> Profile:
     """The profile of one layer shape on a group's ranks. Collective; every rank returns rank 0's profile.
 
     Runs whole exchanges of chunks of 1, 2, 3, 5, 10 and all M heads, piece by piece, and takes low medians of the
     slowest rank. It costs about two dozen attention calls; buffers are freed when it returns.
+
+    Args:
+        transport: what carries the exchanges; the collective one if None.
     """
-    measuring = _Measuring(group, device, shape.heads)
+    transport = transport or transports()[COLLECTIVE]
+    measuring = _Measuring(group, device, shape.heads, transport)
+    heads_first = device.type == "cpu"
     P, M = measuring.ranks, shape.heads // measuring.ranks
     sizes = sorted({h for h in _CHUNKS_OF_HEADS if h < M} | {M})
     # In rounds, so that a disturbance of a second or two spoils one round of a size and not all that is known of it.
     for _ in range(_ROUNDS[device.type]):
         for m in sizes:
             _measure_chunk(measuring, shape, m, dtype, kernel, heads_first, smallest=m == sizes[0], whole=m == M)
-        if P > 1 and kernel.gives_lse:
+        if P > 1 and kernel.gives_lse and transport.collectives:
             _measure_ring(measuring, shape, dtype, kernel)
     by_rank = everyones(measuring.samples, group)
     slowest = [
@@ -75,8 +81,8 @@ def calibrate(
 class _Measuring:
     """Times pieces on all ranks at once and keeps the samples."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, heads: int) -> None:
-        self.group, self.device, self.heads = group, device, heads
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, heads: int, transport: Transport) -> None:
+        self.group, self.device, self.heads, self.transport = group, device, heads, transport
         self.ranks = dist.get_world_size(group)
         self.samples: list[dict[str, Any]] = []
 
@@ -135,7 +141,9 @@ def _measure_chunk(
     """Every piece of one chunk of m heads, as the real exchange does it."""
     P, group, device = measuring.ranks, measuring.group, measuring.device
     B, L, H = shape.batch, shape.local_tokens, shape.head_dim
-    exchange = HeadExchange(serial((m,)), P, LayerShape(B, L, m * P, H), dtype, device, heads_first=heads_first)
+    exchange = measuring.transport.make(
+        group, serial((m,)), LayerShape(B, L, m * P, H), dtype, device, heads_first=heads_first
+    )
     inputs = {t: torch.randn(B, L, m * P, H, device=device).to(dtype) for t in "qkv"}
     out_BLNH = torch.empty_like(inputs["q"])
     tensor_bytes = out_BLNH.nbytes

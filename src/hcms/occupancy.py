@@ -15,7 +15,8 @@ from hcms.kernels import Kernel
 from hcms.lanes.cuda import side_stream
 from hcms.schedule.schedule import COMM, COMPUTE_2
 from hcms.schedule.zero import zero
-from hcms.transport.layout import HeadExchange, LayerShape
+from hcms.transport import Transport
+from hcms.transport.layout import LayerShape
 
 _REPEATS = 3
 _BLOCKED = 0.5  # of the attention that was left when it was issued: waited that long, it was held up by it
@@ -25,6 +26,7 @@ _INTO = 0.25  # how far into an attention the other work is issued
 class Measuring(Protocol):
     group: dist.ProcessGroup
     device: torch.device
+    transport: Transport
 
     def rewind(self) -> None: ...
     def synchronize(self) -> None: ...
@@ -45,11 +47,15 @@ def occupancy(
         attend_ms: what attention to them takes alone.
     """
     B, L, N, H = inputs["q"].shape
-    ranks, rank = dist.get_world_size(measuring.group), dist.get_rank(measuring.group)
-    exchange = HeadExchange(
-        zero((N // ranks,)), ranks, LayerShape(B, L, N, H), inputs["q"].dtype, measuring.device,
-        heads_first=False, rank=rank, own_apart=True,
-    )  # fmt: skip
+    ranks = dist.get_world_size(measuring.group)
+    exchange = measuring.transport.make(
+        measuring.group,
+        zero((N // ranks,)),
+        LayerShape(B, L, N, H),
+        inputs["q"].dtype,
+        measuring.device,
+        own_apart=True,
+    )
     exchange.bind(inputs, torch.empty_like(inputs["q"]))
     exchange.pack(0, "qkv")
     qkv = [x.clone() for x in qkv]

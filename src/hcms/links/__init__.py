@@ -7,8 +7,8 @@ peers run over it unchanged. What stands in says so: records name their link, an
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from importlib import import_module
@@ -33,6 +33,8 @@ class Link:
         start: `(rank, ranks, device, timeout, store) -> control group`: makes the default process group, by the store
             or by what the environment says, and returns one for barriers and gathered results, never for what is
             measured.
+        one_card: whether all ranks share one card, in place of a card each.
+        environment: variables that ranks' processes must start with, where they are not set to something else.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Link:
     devices: tuple[str, ...]
     processes: Literal["each", "one"]
     start: Start
+    one_card: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def joining(rank: int, ranks: int, timeout: timedelta, store: dist.Store | None) -> dict[str, Any]:

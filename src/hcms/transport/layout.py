@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hcms.schedule.schedule import Schedule
-from hcms.transport.collective import Slots, others
+from hcms.transport.slots import Slots, others
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,16 @@ class _View:
 
     def _as(self, wide: bool) -> Tensor:
         return self.wide if wide else self.plain
+
+
+@dataclass(frozen=True)
+class _Regions:
+    """A chunk's memory, flat: what it is sent from, where it arrives, and the same of its output."""
+
+    send: Tensor
+    recv: Tensor
+    send_back: Tensor
+    recv_back: Tensor
 
 
 @dataclass(frozen=True)
@@ -167,12 +177,12 @@ class HeadExchange:
         self._others = others(rank, P) if own_apart else [slice(None)]
         self._own = slice(rank, rank + 1)
         per_head = P * B * L * H
-        self._buffers = [torch.empty(3 * M * per_head, dtype=dtype, device=device) for _ in range(2)]
+        self._allocate(3 * M * per_head, dtype, device)
         together = {op.tensors for op in schedule.ops if op.kind == "exchange"}
         self._chunks = [
             self._chunk(
                 slice(start, start + m),
-                *(b[3 * start * per_head : 3 * (start + m) * per_head] for b in self._buffers),
+                self._regions(3 * start * per_head, 3 * (start + m) * per_head),
                 tokens=_split(L, parts),
                 split=together == {"q", "k", "v"},
             )
@@ -181,8 +191,18 @@ class HeadExchange:
         self._inputs: dict[str, _View] = {}
         self._out: _View | None = None
 
-    def _chunk(self, heads: slice, send: Tensor, recv: Tensor, *, tokens: Sequence[slice], split: bool) -> _Chunk:
-        """The views of a chunk in its regions of both buffers: Q, or its parts, first; the output takes its place."""
+    def _allocate(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Make the owned buffers, for `count` elements of Q, K and V of all heads."""
+        self._buffers = [torch.empty(count, dtype=dtype, device=device) for _ in range(2)]
+
+    def _regions(self, start: int, stop: int) -> _Regions:
+        """A chunk's memory, where its Q, K and V are elements `start` to `stop`. The output takes the place of Q."""
+        send, recv = (b[start:stop] for b in self._buffers)
+        return _Regions(send, recv, send, recv)
+
+    def _chunk(self, heads: slice, regions: _Regions, *, tokens: Sequence[slice], split: bool) -> _Chunk:
+        """The views of a chunk in its regions: Q, or its parts, first."""
+        send, recv = regions.send, regions.recv
         P, B, H, m = self.ranks, self._B, self._H, heads.stop - heads.start
         L = tokens[-1].stop
         whole = slice(0, L)
@@ -216,7 +236,7 @@ class HeadExchange:
         returns = []
         for rows in tokens:
             region = slice(rows.start * a_token, rows.stop * a_token)
-            send_PlBmH, recv_PlBmH = (b[region].view(P, -1, B, m, H) for b in (send, recv))
+            send_PlBmH, recv_PlBmH = (b[region].view(P, -1, B, m, H) for b in (regions.send_back, regions.recv_back))
             returns.append(
                 _Return(
                     Slots(send_PlBmH, recv_PlBmH, self._rank, self._own_apart), _Place(rows, heads), _View(recv_PlBmH)

@@ -45,10 +45,11 @@ class LinkConfig:
     `emulated` paces Gloo to `latency_us` and a bandwidth: `gbps` where given, else derived so that serial Ulysses
     has the communication ratio `ratio` (a list sweeps it). `native` is what the process group has: NCCL or Gloo.
     `ghost` is one rank of P on one GPU, its peers pinned memory behind the card's own PCIe; `gbps` and `latency_us`
-    may slow it. `auto` is `native` on several GPUs, `ghost` on one and `emulated` without.
+    may slow it. `shared` is several NCCL ranks on one GPU, through the host's memory. `auto` is `native` on several
+    GPUs, `ghost` on one and `emulated` without.
     """
 
-    kind: str = "auto"  # auto | native | ghost | emulated
+    kind: str = "auto"  # auto | native | ghost | shared | emulated
     ratio: Any = 0.25  # a ratio or a list of them, each in (0, 1); for an emulated link without gbps
     ratio_at: Any = "longest"  # derive the bandwidth at the longest sequence, at `each`, or at so many latent frames
     gbps: float | None = None  # 10^9 bytes a second leaving a rank
@@ -101,6 +102,7 @@ class Config(BaseConfig):
 
     ranks: Any = None  # an int, a list, or `each` (2, 4, 8); null is every visible GPU, or 2 without any
     link: LinkConfig = field(default_factory=LinkConfig)
+    transport: str = "collective"  # what carries our methods' chunks: collective | copy-engine
     kernels: list[str] = field(default_factory=lambda: ["sdpa"])  # [all] is every kernel that can run here
     bench: BenchConfig = field(default_factory=BenchConfig)
     profile: str | None = None  # a profile that +exp=calibrate wrote; null calibrates at each point

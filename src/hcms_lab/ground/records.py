@@ -27,7 +27,7 @@ class Record:
     hardware: str
     workload: str
     link: str | None = None
-    transport: str | None = None  # collective | copy-engine
+    transport: str | None = None  # of our own methods, where it is not the group's collectives: copy-engine
     link_ratio: float | None = None  # the communication ratio that the emulated link was derived from
     link_gbps: float | None = None
     world_size: int

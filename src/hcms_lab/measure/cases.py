@@ -16,12 +16,14 @@ from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.layers import MOST_FRAMES, MOST_OF_A_SIZE, check_heads, check_tokens, check_workload
 from hcms_lab.ground.names import KERNELS, PEER, PeerKind
 from hcms_lab.measure.fits import check_memory, check_pace
+from hcms_lab.measure.one_card import check_one_card
 from hcms_lab.measure.peers import PEERS
 from hcms_lab.measure.torchrun import ranks_here, started_ranks
 
 DTYPES = tuple(ITEMSIZE)
 MOST_ROUNDS = 10**6
 MOST_RATIO = 0.95
+MOST_ON_A_CARD = 8
 LOWEST = "lowest"  # a link.ratio: no pacing, so the ratio that the machine's own exchange has
 EACH = "each"  # of ranks: 2, 4 and 8, as far as there are GPUs for them; CPU ranks may share cores
 
@@ -90,6 +92,8 @@ def link_of(cfg: Config) -> str:
         able = ", ".join(name for name, link in links().items() if device in link.devices)
         other = "; or give device=cpu" if device == "cuda" else ""
         raise UsageError(f"link.kind={kind}: it does not connect {device}; choose one of {able}{other}")
+    if links()[kind].one_card:
+        check_one_card()
     return kind
 
 
@@ -106,8 +110,9 @@ def ranks_of(cfg: Config) -> list[int]:
     from hcms.links import links
 
     device, started = device_of(cfg), started_ranks()
-    one_for_all = links()[link_of(cfg)].processes == "one"
-    most = MOST_OF_A_SIZE if device == "cpu" or one_for_all else visible_gpus()
+    link = links()[link_of(cfg)]
+    one_for_all = link.processes == "one"
+    most = MOST_OF_A_SIZE if device == "cpu" or one_for_all else MOST_ON_A_CARD if link.one_card else visible_gpus()
     if started and most < MOST_OF_A_SIZE:
         if ranks_here() > most:
             raise UsageError(f"torchrun started {ranks_here()} ranks on a host where {most} GPUs are visible")
@@ -117,9 +122,11 @@ def ranks_of(cfg: Config) -> list[int]:
         if not fitting:
             raise UsageError(f"ranks={EACH}: it takes 2 GPUs or more, {most} is visible; give device=cpu")
         return fitting
-    wanted = as_list(cfg.ranks) or [started or (4 if one_for_all else most if device == "cuda" else 2)]
-    for ranks in wanted:
+    own = 4 if one_for_all else 2 if device == "cpu" or link.one_card else most
+    for ranks in (wanted := as_list(cfg.ranks) or [started or own]):
         whole("ranks", ranks, 2 if one_for_all else 1, high=MOST_OF_A_SIZE)
+        if link.one_card and ranks > most:
+            raise UsageError(f"ranks={ranks}: {most} ranks at most share a card; give fewer")
         if ranks > most:
             raise UsageError(f"ranks={ranks}: only {most} GPUs are visible; give at most that many")
     return wanted
@@ -197,6 +204,7 @@ def check_run(cfg: Config) -> None:
         if ratio != LOWEST:
             either = f", which is between 0 and 1, or {LOWEST!r}"
             number("link.ratio", ratio, 0, MOST_RATIO, above=True, otherwise=either)
+    check_transport(cfg)
     distinct("kernels", cfg.kernels)
     for kernel in cfg.kernels:
         one_of("kernels", kernel, KERNELS)
@@ -208,6 +216,19 @@ def check_run(cfg: Config) -> None:
         except ValueError as error:
             why = str(error).removeprefix(f"{cfg.profile}: ")
             raise UsageError(f"profile={cfg.profile}: {why}") from None
+
+
+def check_transport(cfg: Config) -> None:
+    """Refuse a transport that is none, or that cannot carry what these ranks hold."""
+    from hcms.links import links
+    from hcms.transport import transports
+
+    one_of("transport", cfg.transport, transports())
+    chosen, device, link = transports()[cfg.transport], device_of(cfg), link_of(cfg)
+    if device not in chosen.devices:
+        raise UsageError(f"transport={cfg.transport}: it carries no tensors on {device}; leave it at collective")
+    if not chosen.collectives and links()[link].processes == "one":
+        raise UsageError(f"transport={cfg.transport}: over link.kind={link} there are no peers to write to")
 
 
 def check_rounds(bench: RoundsConfig) -> None:
@@ -242,6 +263,8 @@ def points(cfg: LayerConfig) -> list[Point]:
     distinct("latent_frames", frames)
     for f in frames:
         whole("latent_frames", f, high=MOST_FRAMES)
+    from hcms.links import links
+
     ratios, device = ratios_of(cfg), device_of(cfg)
     grid: list[Point] = []
     for ranks in ranks_of(cfg):
@@ -262,9 +285,10 @@ def points(cfg: LayerConfig) -> list[Point]:
             for f in sorted(frames, reverse=True):  # the longest first: it sets the link
                 tokens = f * w.tokens_per_frame
                 grid.append(Point(w.name, ranks, f, tokens, w.heads, w.head_dim, w.batch, dtype, kernel, ratio, cases))
+    one_card = links()[link_of(cfg)].one_card
     for p in grid:
         layer = Workload(p.seq_len, p.heads, p.ranks, p.head_dim, p.batch, p.dtype)
-        check_memory(layer, f"latent_frames={p.frames}", device)
+        check_memory(layer, f"latent_frames={p.frames}", device, ranks_a_card=p.ranks if one_card else 1)
         if link_of(cfg) == "emulated":
             check_pace(layer, cfg.link.gbps, latency_us_of(cfg))
     return grid

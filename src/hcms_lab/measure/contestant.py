@@ -9,10 +9,12 @@ from torch import Tensor
 
 from hcms.attention import SequenceParallelAttention
 from hcms.kernels import Kernel
+from hcms.methods import METHODS
 from hcms.schedule.cut import Shape, format_cut
 from hcms.schedule.profile import Profile
 from hcms.schedule.schedule import COMPUTE_2, Schedule
 from hcms.schedule.timeline import Timeline
+from hcms.transport import COLLECTIVE
 from hcms_lab.ground.names import PEER
 from hcms_lab.measure.cases import Case
 
@@ -49,7 +51,13 @@ class OurMethod:
     """A case of our own. With `graph="off"` every call keeps its timeline, else `eager` ones do."""
 
     def __init__(
-        self, case: Case, kernel: str, group: dist.ProcessGroup | None, profile: Profile | None, graph: str
+        self,
+        case: Case,
+        kernel: str,
+        group: dist.ProcessGroup | None,
+        profile: Profile | None,
+        graph: str,
+        transport: str,
     ) -> None:
         self._case, self._kernel_name = case, kernel
         self._kernel_runs: str | None = None
@@ -61,6 +69,7 @@ class OurMethod:
             prefetch=case.prefetch,
             first=case.first,  # pyright: ignore[reportArgumentType]
             profile=profile,
+            transport=COLLECTIVE if METHODS[case.method].program == "ring" else transport,
             graph=graph,  # pyright: ignore[reportArgumentType]
             record_timeline=graph == "off",
         )
@@ -159,7 +168,13 @@ class AttentionAlone:
 
 
 def contestant(
-    case: Case, kernel: str, group: dist.ProcessGroup | None, profile: Profile | None, *, graph: str = "off"
+    case: Case,
+    kernel: str,
+    group: dist.ProcessGroup | None,
+    profile: Profile | None,
+    *,
+    graph: str = "off",
+    transport: str = COLLECTIVE,
 ) -> Contestant:
     """The contestant of a case.
 
@@ -170,4 +185,4 @@ def contestant(
         from hcms_lab.measure.peers import peer
 
         return peer(case.method.removeprefix(PEER), kernel, group)
-    return OurMethod(case, kernel, group, profile, graph)
+    return OurMethod(case, kernel, group, profile, graph, transport)

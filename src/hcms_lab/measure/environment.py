@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -13,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from hcms.hardware import Hardware
+from hcms_lab.measure.one_card import NCCL, nccl_version
 
 VARIABLES = (
     "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE",
     "CUDA_VISIBLE_DEVICES",
     "GLOO_SOCKET_IFNAME",
+    "NCCL_MAX_CTAS",
+    "NCCL_MULTI_RANK_GPU_ENABLE",
     "NCCL_P2P_DISABLE",
     "NCCL_MAX_P2P_NCHANNELS",
     "NCCL_NVLS_ENABLE",
@@ -66,6 +71,7 @@ def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
     told = os.environ.get("HCMS_COMMIT")
     status = None if told else _git("status", "--porcelain")
     changes = None if told else _git("diff", "HEAD", "--", ":/src", ":/experiments", ":/conf")
+    variables = {**_variables_of(link), **os.environ} if device == "cuda" else os.environ
     facts: dict[str, Any] = {
         "commit": told or _git("rev-parse", "HEAD"),
         "commit_told": bool(told),
@@ -82,7 +88,7 @@ def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
         "link": link,
         "python": sys.version.split()[0],
         "versions": _versions(),
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "variables": {name: variables[name] for name in VARIABLES if name in variables},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     facts["torch"] = facts["versions"].get("torch")
@@ -91,9 +97,16 @@ def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
         import torch
 
         facts["cuda"] = torch.version.cuda
-        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
+        facts["nccl"] = ".".join(map(str, nccl_version(os.environ.get(NCCL) if link == "shared" else None)))
         facts["driver"] = _driver()
     return facts
+
+
+def _variables_of(link: str) -> Mapping[str, str]:
+    """What ranks over a link start with, beyond this process's own environment."""
+    from hcms.links import links
+
+    return links()[link].environment if link in links() else {}
 
 
 def _driver() -> str | None:

@@ -32,14 +32,15 @@ def least_bytes(layer: Workload) -> float:
     return INPUT_SETS * (3 + 1) * share + 2 * share * layer.ranks
 
 
-def check_memory(layer: Workload, setting: str, device: str) -> None:
+def check_memory(layer: Workload, setting: str, device: str, ranks_a_card: int = 1) -> None:
     """Refuse a layer that needs more memory than there is, whatever is measured of it.
 
     Args:
         setting: what made it so large, as one would type it.
+        ranks_a_card: how many ranks share a GPU's memory.
     """
     needs = least_bytes(layer) + (PROCESS_BYTES if device == "cpu" else 0)
-    there = available_bytes(device, layer.ranks)
+    there = available_bytes(device, layer.ranks) / ranks_a_card
     if needs > there:
         raise UsageError(
             f"{setting}: {layer.seq_len} tokens need {needs / GIB:.3g} GiB a rank at the least on {layer.ranks} ranks, "

@@ -24,6 +24,7 @@ class Job:
         ratio_at: `longest` derives it once a ratio, at the first point that has it, and a number at so many frames;
             `each`, at every point.
         load: `sustained` times blocks of back-to-back calls of `block_ms`; `rested` single calls, each after `rest_ms`.
+        transport: what carries our own methods' chunks, a name of `hcms.transport`.
         graph: whether repeated calls may be replayed as CUDA graphs (`auto`, `off`).
         gbps_of_ratio: bandwidths derived in the run that this one resumes.
         profile: a profile's path, for predictions and cuts that are "auto"; measured at each point where None.
@@ -50,6 +51,7 @@ class Job:
     block_ms: float = 250.0
     rest_ms: float = 0.0
     graph: str = "off"
+    transport: str = "collective"
     gbps_of_ratio: Mapping[float, float] = field(default_factory=dict)
     sweeps: bool = False
 
@@ -78,5 +80,6 @@ class Job:
             "block_ms": cfg.bench.block_ms,
             "rest_ms": cfg.bench.rest_ms if on_gpu else 0.0,
             "graph": cfg.bench.graph if on_gpu else "off",
+            "transport": cfg.transport,
         }
         return cls(**{**fields, **changes})

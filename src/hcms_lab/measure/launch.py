@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from hcms.links import links
 from hcms_lab.ground.errors import UsageError
+from hcms_lab.measure.one_card import one_card
 from hcms_lab.measure.stop import die_with
 from hcms_lab.measure.torchrun import started_ranks
 from hcms_lab.measure.watch import RankFailed, watch
@@ -92,10 +94,33 @@ def launch(
     folder.mkdir(parents=True, exist_ok=True)
     # Bound here, to a port that nobody else can take meanwhile, and open as long as the ranks live.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    watch(
-        _spawned, processes_of(link, ranks), fn, store.port, ranks, device, link, timeout_s, args,
-        folder=folder, poll=poll, timeout_s=timeout_s, forked_with=forked_with if device == "cpu" else (),
-    )  # fmt: skip
+    with _surroundings(link, ranks):
+        watch(
+            _spawned, processes_of(link, ranks), fn, store.port, ranks, device, link, timeout_s, args,
+            folder=folder, poll=poll, timeout_s=timeout_s, forked_with=forked_with if device == "cpu" else (),
+        )  # fmt: skip
+
+
+@contextmanager
+def _surroundings(link: str, ranks: int) -> Iterator[None]:
+    """What ranks must find when their processes start: a link's variables, and on one card for all its daemon.
+
+    Variables stand in this process while ranks start from it: a library to be loaded first is read by the loader.
+    """
+    with ExitStack() as stack:
+        wanted = {name: value for name, value in links()[link].environment.items() if name not in os.environ}
+        if links()[link].one_card:
+            wanted |= stack.enter_context(one_card(ranks))
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
 def _spawned(
@@ -129,7 +154,8 @@ def _be_a_rank(
 ) -> None:
     """Join the others, by the store or by what torchrun's environment says, and run `fn`."""
     if device == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+        card = 0 if links()[link].one_card else int(os.environ.get("LOCAL_RANK", rank))
+        place = torch.device("cuda", card)
         torch.cuda.set_device(place)
     else:
         place = torch.device("cpu")

@@ -15,6 +15,7 @@ from torch import Tensor
 from hcms.calibrate import calibrate
 from hcms.kernels import kernel
 from hcms.schedule.profile import Profile, load
+from hcms.transport import transport
 from hcms.transport.layout import LayerShape
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.records import Record, RecordFile
@@ -100,7 +101,7 @@ class _Bench:
         self.inputs, self.references = inputs, references
         self.on_gpu = rank.device.type == "cuda"
         self.sensors = Sensors(rank.device)
-        ulysses = contestant(ULYSSES, world.point.kernel, None, None)
+        ulysses = contestant(ULYSSES, world.point.kernel, None, None)  # by collectives, whatever is measured
         self.expected: list[Tensor] = []
         for x in inputs:
             self.wire.lay(partial(ulysses.eager, **x))
@@ -126,7 +127,7 @@ class _Bench:
             if t.case.method == "ceiling" and self.on_gpu:
                 t.entrant = AttentionAlone(kernel(point.kernel))
             else:
-                t.entrant = contestant(t.case, point.kernel, None, profile, graph=job.graph)
+                t.entrant = contestant(t.case, point.kernel, None, profile, graph=job.graph, transport=job.transport)
             # A graph is captured at the second call on the same tensors.
             for i in range(max(job.warmup, 2 * SETS if self.on_gpu else 0)):
                 x = self._inputs(t, i % SETS)
@@ -220,5 +221,12 @@ def point_profile(rank: Rank, job: Job, point: Point) -> Profile | None:
             head_dim=point.head_dim,
         )
     shape = LayerShape(point.batch, point.seq_len // point.ranks, point.heads, point.head_dim)
-    dtype, heads_first = getattr(torch, point.dtype), rank.device.type == "cpu"
-    return calibrate(group, shape, dtype, rank.device, attention, hardware=job.hardware, heads_first=heads_first)
+    return calibrate(
+        group,
+        shape,
+        getattr(torch, point.dtype),
+        rank.device,
+        attention,
+        hardware=job.hardware,
+        transport=transport(job.transport),
+    )

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hcms.methods import METHODS
 from hcms.schedule.cost import Workload, WorkloadCosts, predict
 from hcms.schedule.profile import Profile
 from hcms.schedule.schedule import Schedule
 from hcms.schedule.timeline import Timeline
+from hcms.transport import COLLECTIVE
 from hcms_lab.ground import traces
 from hcms_lab.ground.names import PEER
 from hcms_lab.ground.records import Record
@@ -45,11 +47,13 @@ class Timed:
 
 def _record(job: Job, point: Point, case: Case, **fields: Any) -> Record:
     """What a case's record says whatever came of it."""
+    exchanges_heads = case.method in METHODS and METHODS[case.method].program != "ring"
     return Record(
         exp=job.exp,
         hardware=job.hardware,
         workload=point.workload,
         link=job.link,
+        transport=job.transport if exchanges_heads and job.transport != COLLECTIVE else None,
         link_ratio=point.link_ratio,
         load=job.load,
         world_size=point.ranks,

@@ -42,7 +42,7 @@ def soak(rank: Rank, job: Job, minutes: float, tick: Callable[[str], None]) -> N
     while True:
         for at, point in enumerate(job.points):
             for number, case in enumerate(point.cases):
-                entrant = contestant(case, point.kernel, None, None, graph=job.graph)
+                entrant = contestant(case, point.kernel, None, None, graph=job.graph, transport=job.transport)
                 for i in [*range(SETS)] * CALLS:
                     with torch.inference_mode():
                         wires[at].lay(partial(entrant.eager, **inputs[at][i]))

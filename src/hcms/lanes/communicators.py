@@ -1,0 +1,46 @@
+"""Communicators of the lanes' own: NCCL's, one a group and lane, made once a process whoever asks.
+
+A lane needs one where its works shall not queue behind those of another lane, or of whatever else uses the group.
+`torch.distributed.new_group` would do, but names groups by a counter that ranks need not share, and with a bound device
+splits the default group's communicator, which is collective over ranks that are no members. Here nothing is made that
+others must take part in: the name is the group's own and the lane's, and members meet at the first exchange.
+"""
+
+# torch ships no stubs for what backends are made of.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+_CUDA = torch.device("cuda")
+_made: WeakKeyDictionary[dist.ProcessGroup, dict[str, dist.ProcessGroup]] = WeakKeyDictionary()
+
+
+def communicator(group: dist.ProcessGroup, lane: str) -> dist.ProcessGroup:
+    """The NCCL communicator of a lane over the ranks of `group`, whose kernels go before attention's waiting blocks.
+
+    It times out as `group` does, and goes when `group` does. Local: no rank waits for another here.
+    """
+    lanes = _made.setdefault(group, {})
+    if lane not in lanes:
+        lanes[lane] = _make(group, lane)
+    return lanes[lane]
+
+
+def _make(group: dist.ProcessGroup, lane: str) -> dist.ProcessGroup:
+    name = f"hcms/{group.group_name}/{lane}"
+    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = group._get_backend(_CUDA).options._timeout
+    options.global_ranks_in_group = dist.get_process_group_ranks(group)
+    options.group_name = name
+    backend = dist.ProcessGroupNCCL(store, group.rank(), group.size(), options)
+    backend._set_sequence_number_for_group()
+    made = dist.ProcessGroup(store, group.rank(), group.size())
+    made._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
+    made._register_backend(_CUDA, dist.ProcessGroup.BackendType.NCCL, backend)
+    made._set_group_name(name)
+    return made

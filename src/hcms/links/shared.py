@@ -1,0 +1,28 @@
+"""Several real ranks on one card: NCCL, its kernels, lanes and ranks' skew are real; the link is the host's memory.
+
+NCCL takes several ranks of one card from 2.30 on, and ranks run beside each other only under an MPS daemon: whoever
+starts them sees to both (`hcms_lab.measure.one_card` does). Ranks share the SMs: what one waits for speeds the other
+up, so times here tell methods from each other on this card, and nothing of a card alone.
+"""
+
+from __future__ import annotations
+
+from hcms.links import Link
+from hcms.links.native import start
+
+LINK = Link(
+    "shared",
+    "several ranks on one card: NCCL, its kernels and ranks' skew are real; they share the SMs, and exchange through "
+    "the host's memory",
+    ("cuda",),
+    "each",
+    start,
+    one_card=True,
+    environment={
+        "NCCL_MULTI_RANK_GPU_ENABLE": "1",
+        "NCCL_P2P_DISABLE": "1",  # through the host's memory: the card's own would be no link at all
+        "NCCL_NVLS_ENABLE": "0",
+        "NCCL_MAX_CTAS": "4",  # the SMs that are left must hold every rank's kernels at once, or they wait forever
+        "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+    },
+)
