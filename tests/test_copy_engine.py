@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from hcms.attention import SequenceParallelAttention
 from hcms.programs.ulysses import UlyssesProgram
-from hcms.transport.copy_engine import CopyEngineExchange, _Peers
+from hcms.schedule.schedule import Op
+from hcms.transport.copy_engine import _FREE, CopyEngineExchange, _Peers
 
 pytestmark = [
     pytest.mark.t2,
@@ -35,6 +37,7 @@ PLANS = (
 )
 THIN = ("hcms-zero", "1x2-1-1-1x2+fill")
 MICROSECOND = 1_500  # cycles, about
+LATE_US = 10_000
 
 
 def of(plan: tuple[str, str], ranks: int) -> tuple[str, str]:
@@ -58,7 +61,13 @@ def expected(qkv: list[Tensor], kernel: Any, rank: int) -> Tensor:
 
 
 def wrong_rounds(
-    attend: SequenceParallelAttention, rank: int, ranks: int, rounds: int, batch: int, seed: int = 0
+    attend: SequenceParallelAttention,
+    rank: int,
+    ranks: int,
+    rounds: int,
+    batch: int,
+    seed: int = 0,
+    enter: Callable[[], None] = lambda: None,
 ) -> int:
     """Rounds with other inputs each, in poisoned buffers, whose output is not bit for bit what it should be."""
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -66,6 +75,7 @@ def wrong_rounds(
         qkv = whole(seed + turn, ranks, batch)
         right = expected(qkv, attend.kernel, rank)
         shard = [x[:, rank * LOCAL_TOKENS : (rank + 1) * LOCAL_TOKENS] for x in qkv]
+        enter()
         attend.poison()
         wrong += ~torch.eq(attend(*shard), right).all()
     return int(wrong.item())
@@ -140,36 +150,46 @@ def graphs(rank: int, ranks: int) -> dict[str, Any]:
 
 
 def without_an_edge(rank: int, ranks: int) -> dict[str, bool]:
-    """For each edge, whether any rank had a wrong result without it; under '' whether one had with all of them."""
-    start, take, lag = UlyssesProgram.start, _Peers.take_words, [0, 0]
-    dropped: list[Any] = [None]
+    """For each edge, whether any rank had a wrong result without it; under '' whether one had with all of them.
 
-    def late(self: UlyssesProgram, *args: Any) -> Any:
-        if rank == lag[0]:
-            torch.cuda._sleep(lag[1] * MICROSECOND)
-        return start(self, *args)
+    One rank in turn is late with what the edge tells of: with entering the call, or with the one operation.
+    """
+    start, take = UlyssesProgram.start, _Peers.take_words
+    dropped: list[Any] = [None]
+    slow = [0]
+
+    def late(self: UlyssesProgram, op: Op, *args: Any) -> Any:
+        tensors = {"exchange": op.tensors, "return": "o"}.get(op.kind)
+        if rank == slow[0] and dropped[0] == (op.chunk, tensors, op.part[0]):
+            torch.cuda._sleep(LATE_US * MICROSECOND)
+        return start(self, op, *args)
 
     def taken(self: _Peers, edge: tuple[Any, ...]) -> None:
         if edge != dropped[0]:
             take(self, edge)
 
+    def enter() -> None:
+        if rank == slow[0] and dropped[0] == _FREE:
+            torch.cuda._sleep(LATE_US * MICROSECOND)
+
     setattr(UlyssesProgram, "start", late)  # noqa: B010 - this process does nothing else
     _Peers.take_words = taken
-    lag[1] = 300
-    found: dict[str, bool] = {}
-    layer = made(THIN, ranks)
-    wrong_rounds(layer, rank, ranks, 1, 1)
-    exchange = next(iter(layer._layers.values())).program._exchange  # pyright: ignore[reportAttributeAccessIssue]
+    attend = made(THIN, ranks)
+    wrong_rounds(attend, rank, ranks, 1, 1)
+    exchange = next(iter(attend._layers.values())).program._exchange  # pyright: ignore[reportAttributeAccessIssue]
     assert isinstance(exchange, CopyEngineExchange)
+    found: dict[str, bool] = {}
     for edge in [None, *exchange._peers._edges]:
         dropped[0] = edge
         wrong = 0
-        for slow in range(ranks):
-            lag[0] = slow
-            wrong += wrong_rounds(made(THIN, ranks), rank, ranks, 3, 1, seed=50)
+        for slow[0] in range(ranks):
+            wrong += wrong_rounds(attend, rank, ranks, 3, 1, seed=50, enter=enter)
         everyones: list[Any] = [None] * ranks
         dist.all_gather_object(everyones, wrong)
         found["" if edge is None else str(edge)] = sum(everyones) > 0
+        exchange._peers._words.zero_()  # nobody took down what was raised without this edge
+        torch.cuda.synchronize()
+        dist.barrier()
     return found
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from hcms.attention import SequenceParallelAttention
 from hcms.kernels import attend_full
 from hcms.lanes.cuda import CudaLanes
+from hcms.lanes.graph import CallGraphs
 from hcms.links import ghost
 from hcms.links.ghost_wire import WIRE
 from hcms.methods import METHODS, build_schedule
@@ -220,3 +221,22 @@ def test_each_edge_is_needed(group: dist.ProcessGroup, plan: str) -> None:
             except KeyError:  # the host itself reached for a result that nobody has issued yet
                 continue
             assert not torch.equal(out, expected) or WIRE.wrong_bytes(), (op, schedule.ops[earlier])
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_an_automatic_plan_is_decided_by_graphs(
+    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    """Whether or not the first call is to leave a timeline, which a captured call cannot."""
+    captured: list[object] = []
+    capture = CallGraphs._captured
+
+    def seen(self: CallGraphs, *args: object) -> object:
+        captured.append(capture(self, *args))  # pyright: ignore[reportArgumentType]
+        return captured[-1]
+
+    monkeypatch.setattr(CallGraphs, "_captured", seen)
+    attend = SequenceParallelAttention(group, "hcms-zero", "auto", graph="auto", record_timeline=recorded)
+    ghost.lay(group, RANKS * M, lambda: attend(*inputs(0)))
+    assert captured and None not in captured
+    assert (attend.timeline is not None) == recorded

@@ -34,7 +34,7 @@ from hcms.schedule.choose import choose
 from hcms.schedule.cost import Workload, WorkloadCosts, predict
 from hcms.schedule.plan import Plan, Setting
 from hcms.schedule.profile import Profile, load
-from hcms.schedule.schedule import COMM, COMM_OUT, First, Schedule
+from hcms.schedule.schedule import COMM, COMM_OUT, COMPUTE, First, Schedule
 from hcms.schedule.timeline import Timeline
 from hcms.shortlist import BASELINES, shortlist
 from hcms.transport import COLLECTIVE, transport
@@ -51,11 +51,11 @@ class _Layer:
     program: UlyssesProgram | RingProgram
     graphs: CallGraphs | None = None
 
-    def replay(self, call: Callable[..., None], *tensors: Tensor) -> bool:
+    def replay(self, call: Callable[..., object], *tensors: Tensor) -> bool:
         """Make `call(self, q, k, v, out)` by a graph; False where it is to be made eagerly."""
         if self.graphs is None:
-            self.graphs = CallGraphs(partial(call, self))
-        return self.graphs(*tensors)
+            self.graphs = CallGraphs()
+        return self.graphs(partial(call, self), *tensors)
 
 
 class SequenceParallelAttention:
@@ -140,14 +140,16 @@ class SequenceParallelAttention:
         if self.graph == "auto" and q_BLNH.is_cuda and not (self.record_timeline or self._captured_by_caller()):
             self.replayed = layer.replay(self._call, q_BLNH, k_BLNH, v_BLNH, out_BLNH)
         if not self.replayed:
-            self._call(layer, q_BLNH, k_BLNH, v_BLNH, out_BLNH)
+            self.timeline = self._call(layer, q_BLNH, k_BLNH, v_BLNH, out_BLNH, record=self.record_timeline)
         return out_BLNH
 
-    def _call(self, layer: _Layer, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, out_BLNH: Tensor) -> None:
+    def _call(
+        self, layer: _Layer, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, out_BLNH: Tensor, *, record: bool = False
+    ) -> Timeline | None:
         assert self._lanes is not None
         layer.program.bind(q_BLNH, k_BLNH, v_BLNH, out_BLNH)
         try:
-            self.timeline = self._lanes.run(layer.schedule, layer.program, record=self.record_timeline)
+            return self._lanes.run(layer.schedule, layer.program, record=record)
         finally:
             layer.program.release()
 
@@ -361,7 +363,9 @@ class SequenceParallelAttention:
                 return CudaLanes(device, self.group, dict.fromkeys(lanes, self.group))
             if backend != "nccl":
                 raise RuntimeError(f"tensors on {device} need an NCCL group, this one is {backend!r}")
-            return CudaLanes(device, self.group, {lane: communicator(self.group, lane) for lane in lanes})
+            # The compute lane has its own, too: graphs that replay exchanges must go before the communicator does.
+            own = {lane: communicator(self.group, lane) for lane in (COMPUTE, *lanes)}
+            return CudaLanes(device, own.pop(COMPUTE), own)
         if self._method.overlaps and backend not in ("gloo", emulated.NAME):
             raise RuntimeError(f"{self.method} overlaps on gloo, {emulated.NAME} and nccl groups, not on {backend!r}")
         if backend == emulated.NAME:

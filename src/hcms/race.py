@@ -15,7 +15,7 @@ from hcms.shortlist import BASELINES
 
 ROUNDS = 3
 MARGIN = 0.01  # as a prediction has to gain (`choose`)
-_ROUND_MS = 120.0  # back-to-back calls of a plan; the first half is not timed: a graph's first replays load it
+_ROUND_MS = 80.0  # back-to-back calls of a plan; the first half is not timed: a graph's first replays load it
 _FEWEST, _MOST = 4, 24
 
 

@@ -10,32 +10,59 @@ others must take part in: the name is the group's own and the lane's, and member
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 import torch.distributed as dist
 
+from hcms.lanes.graph import release_all
+
 _CUDA = torch.device("cuda")
+_ends: WeakKeyDictionary[dist.ProcessGroup, finalize] = WeakKeyDictionary()
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[str, dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 def communicator(group: dist.ProcessGroup, lane: str) -> dist.ProcessGroup:
     """The NCCL communicator of a lane over the ranks of `group`, whose kernels go before attention's waiting blocks.
 
-    It times out as `group` does, and goes when `group` does. Local: no rank waits for another here.
+    It times out as `group` does, and ends with `group`, with the process, or by `close`. Local: no rank waits for
+    another here.
     """
-    lanes = _made.setdefault(group, {})
+    if group not in _made:
+        _made[group] = lanes = {}
+        _ends[group] = finalize(group, _end, lanes)
+    lanes = _made[group]
     if lane not in lanes:
         lanes[lane] = _make(group, lane)
     return lanes[lane]
 
 
+def close(group: dist.ProcessGroup) -> None:
+    """End what was made for a group, and every captured graph of the process; objects over it are not called again."""
+    if group in _ends:
+        _ends.pop(group)()
+        _made.pop(group)
+
+
+def _end(lanes: dict[str, dist.ProcessGroup]) -> None:
+    release_all()
+    for made in lanes.values():
+        made.shutdown()
+        _ranks_of_groups().pop(made, None)
+
+
+def _ranks_of_groups() -> dict[dist.ProcessGroup, dict[int, int]]:
+    """Where torch looks up which ranks a group's are, before it sends from one to another."""
+    return dist.distributed_c10d._world.pg_group_ranks
+
+
 def _make(group: dist.ProcessGroup, lane: str) -> dist.ProcessGroup:
     name = f"hcms/{group.group_name}/{lane}"
     store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+    ranks = dist.get_process_group_ranks(group)
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options._timeout = group._get_backend(_CUDA).options._timeout
-    options.global_ranks_in_group = dist.get_process_group_ranks(group)
+    options.global_ranks_in_group = ranks
     options.group_name = name
     backend = dist.ProcessGroupNCCL(store, group.rank(), group.size(), options)
     backend._set_sequence_number_for_group()
@@ -43,4 +70,5 @@ def _make(group: dist.ProcessGroup, lane: str) -> dist.ProcessGroup:
     made._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
     made._register_backend(_CUDA, dist.ProcessGroup.BackendType.NCCL, backend)
     made._set_group_name(name)
+    _ranks_of_groups()[made] = {rank: i for i, rank in enumerate(ranks)}
     return made

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-Call = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # q_BLNH, k_BLNH, v_BLNH, out_BLNH: fills the last
+Call = Callable[[Tensor, Tensor, Tensor, Tensor], object]  # q_BLNH, k_BLNH, v_BLNH, out_BLNH: fills the last
 
 BY_ADDRESS = 8  # graphs by address that are kept, the oldest go
 SEEN_ONCE = 64  # addresses that are remembered from a single call
+
+
+_alive: WeakSet[CallGraphs] = WeakSet()
+
+
+def release_all() -> None:
+    """Let go of every graph of this process: NCCL ends no communicator whose works one of them holds."""
+    for graphs in list(_alive):
+        graphs.release()
 
 
 class CallGraphs:
@@ -26,12 +36,10 @@ class CallGraphs:
     once. Memory: graphs share one pool, in which nothing outlives a replay. A graph by address holds none of the
     caller's tensors: they are there again, or it is not replayed.
 
-    Args:
-        call: the eager call; it has run before, so that capturing allocates and compiles nothing that is kept.
     """
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
+    def __init__(self) -> None:
+        _alive.add(self)
         self._pool = torch.cuda.graph_pool_handle()
         self._by_address: OrderedDict[tuple[int, ...], torch.cuda.CUDAGraph] = OrderedDict()
         self._copies: tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]] | None = None
@@ -39,15 +47,19 @@ class CallGraphs:
         self._forgotten = 0  # addresses that were seen or captured, and given up for others
         self.refusal: str | None = None  # why calls are not replayed
 
-    def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, out_BLNH: Tensor) -> bool:
-        """Fill `out_BLNH` by a replay; False where this call is to be made eagerly."""
+    def __call__(self, call: Call, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, out_BLNH: Tensor) -> bool:
+        """Fill `out_BLNH` by a replay of `call`; False where this call is to be made eagerly.
+
+        Args:
+            call: always the same; it has run before, so that capturing allocates and compiles nothing that is kept.
+        """
         if self.refusal is not None:
             return False
         given = (q_BLNH, k_BLNH, v_BLNH, out_BLNH)
         key = tuple(x for t in given for x in (t.data_ptr(), *t.stride()))
         graph = self._by_address.get(key)
         if graph is None and key in self._seen and self._forgotten <= SEEN_ONCE:
-            graph = self._captured(given)
+            graph = self._captured(call, given)
             if graph is not None:
                 del self._seen[key]
                 self._by_address[key] = graph
@@ -62,14 +74,14 @@ class CallGraphs:
         while len(self._seen) > SEEN_ONCE:
             self._seen.popitem(last=False)
             self._forgotten += 1
-        return self._forgotten > SEEN_ONCE and self._by_copies(given)
+        return self._forgotten > SEEN_ONCE and self._by_copies(call, given)
 
-    def _by_copies(self, given: tuple[Tensor, ...]) -> bool:
+    def _by_copies(self, call: Call, given: tuple[Tensor, ...]) -> bool:
         """Addresses do not come again: copy the inputs to where a graph reads them, and its output to where it goes."""
         if self._copies is None:
             with torch.inference_mode(False):  # buffers of this object, to be written in any mode
                 own = tuple(torch.empty_like(t) for t in given)
-            graph = self._captured(own)
+            graph = self._captured(call, own)
             if graph is None:
                 return False
             self._copies = (graph, own)
@@ -80,13 +92,20 @@ class CallGraphs:
         given[3].copy_(own[3])
         return True
 
-    def _captured(self, tensors: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph | None:
+    def _captured(self, call: Call, tensors: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph | None:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: what other threads do with the device meanwhile is theirs.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._call(*tensors)
+                call(*tensors)
         except RuntimeError as error:
-            self.refusal = f"capture failed: {str(error).strip().splitlines()[0]}"
+            # What ends a broken capture says only that it was broken; what broke it is its context.
+            cause = error.__context__ or error
+            self.refusal = f"capture failed: {str(cause).strip().splitlines()[0]}"
             return None
         return graph
+
+    def release(self) -> None:
+        """Let go of all graphs; calls are captured anew."""
+        self._by_address.clear()
+        self._copies = None

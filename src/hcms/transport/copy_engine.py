@@ -10,7 +10,8 @@ replays them, and one rank may replay a graph where another issues a call:
 
 - *free*: before its first write, a rank raises this and waits until every peer has. Its stream has waited for all that
   the caller's stream held, so nobody writes into what is still read, or poisoned, for the call before;
-- *arrived*, one a message: attention waits until every peer's rows are there;
+- *arrived*, one a message: attention waits until every peer's rows are there. K and V that come apart from their
+  queries need none, as they are written before these;
 - *returned*, one a part of a chunk's output: as much for unpacking.
 
 Who waits takes the word down again. The next one to raise it has waited for `free` since, which was raised behind that.
@@ -34,6 +35,7 @@ from hcms.transport.layout import HeadExchange, LayerShape, _Regions
 
 NAME = "copy-engine"
 _FREE = ("free", 0, 0)
+_BEFORE_QUERIES = "kv"  # written before the chunk's first queries, on one stream: their word says both
 _HINT = "transport='collective' goes everywhere"
 
 
@@ -74,7 +76,9 @@ class CopyEngineExchange(HeadExchange):
         )
         self._inputs_BLNH: dict[str, Tensor] = {}
         self._rows: list[Tensor] = []
-        messages = [(c, *key) for c, chunk in enumerate(self._chunks) for key in chunk.messages]
+        messages = [
+            (c, *key) for c, chunk in enumerate(self._chunks) for key in chunk.messages if key[0] != _BEFORE_QUERIES
+        ]
         returns = [(c, "o", i) for c, chunk in enumerate(self._chunks) for i in range(len(chunk.returns))]
         self._peers.edges([_FREE, *messages, *returns])
         first = next(op for op in schedule.ops if op.kind == "exchange")
@@ -125,7 +129,8 @@ class CopyEngineExchange(HeadExchange):
                 x_BLmH = self._inputs_BLNH[name][:, rows, peer * self._M + heads.start : peer * self._M + heads.stop]
                 there_BlmH = message.recv[name].plain[self._rank].transpose(0, 1)
                 self._peers.write(peer, self._buffers[0], there_BlmH, x_BLmH)
-        self._peers.meet((chunk, tensors, part))
+        if tensors != _BEFORE_QUERIES:
+            self._peers.meet((chunk, tensors, part))
         return None
 
     def send_back(

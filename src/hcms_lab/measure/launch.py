@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hcms.lanes import communicators
 from hcms.links import links
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.one_card import one_card
@@ -164,6 +166,11 @@ def _be_a_rank(
     if link == "emulated":
         check_one_clock(control, _host())
     fn(Rank(rank, ranks, place, control, processes=processes_of(link, ranks)), *args)
+    if device == "cuda":
+        gc.collect()  # graphs that hold exchanges go before what carries them
+        for group in (dist.group.WORLD, control):
+            assert group is not None
+            communicators.close(group)
     # Not in a `finally`: a rank that fails should be seen to die first, before its peers notice closed connections.
     dist.barrier(control)
     dist.destroy_process_group()
