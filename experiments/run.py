@@ -41,6 +41,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CONF = ROOT / "conf"
 CHECK = "--check"
+SHARED = "shared"  # the link over which several ranks share a card
 ABOUT_HYDRA = ("--version", "--hydra-help", "--info", "-i", "--shell-completion", "-sc")
 HYDRAS = (*ABOUT_HYDRA, "--cfg", "-c", "--package", "-p", "--resolve", "--multirun", "-m")
 USED_MOST = {
@@ -174,6 +175,8 @@ def check(module: ModuleType, cfg: BaseConfig, exp: str) -> None:
 def with_gpus(overrides: list[str]) -> list[str]:
     """Where GPUs are visible, or asked for: full size unless a workload is named, the experiment's `on_gpus` first.
 
+    Where ranks share one card, `on_shared` comes after that.
+
     `device=cuda` asks for them from a host that has none, for jobs that run elsewhere.
     """
     if "device=cpu" in overrides or not (visible_gpus() or "device=cuda" in overrides):
@@ -183,7 +186,8 @@ def with_gpus(overrides: list[str]) -> list[str]:
         return overrides
     has_one = any(o.lstrip("+~").startswith("workload=") for o in overrides)
     full_size = [] if has_one or not hasattr(plain, "workload") else ["workload=wan720p"]
-    return [*plain.on_gpus, *overrides, *full_size]
+    shared = plain.on_shared if f"link.kind={SHARED}" in overrides else []
+    return [*plain.on_gpus, *shared, *overrides, *full_size]
 
 
 def refuse(error: UsageError) -> NoReturn:
@@ -218,7 +222,8 @@ def own_settings(config: BaseConfig) -> Any:
     outer = GlobalHydra.instance().hydra
     try:
         exp = HydraConfig.get().runtime.choices["exp"]
-        return composed(with_gpus([f"+exp={exp}", f"device={config.device}"]))
+        shared = [f"link.kind={SHARED}"] if getattr(getattr(config, "link", None), "kind", None) == SHARED else []
+        return composed(with_gpus([f"+exp={exp}", f"device={config.device}", *shared]))
     finally:
         GlobalHydra.instance().hydra = outer
 

@@ -91,6 +91,7 @@ class BaseConfig:
     on_gpus: list[str] = field(
         default_factory=list
     )  # settings that hold where GPUs are visible, as one would type them
+    on_shared: list[str] = field(default_factory=list)  # those that hold beyond them where ranks share a card
     wandb: WandbConfig = field(default_factory=WandbConfig)
     output: str = "outputs"
     resume: str | None = None  # a run's folder: skip the cases that its records already hold
