@@ -25,7 +25,7 @@ endif
 LAB = $(PY) -m hcms_lab
 NBCONVERT := -m nbconvert --log-level=WARN --to notebook --execute --output-dir outputs/notebooks
 
-.PHONY: help setup fig3 test lint types notebooks-check check format notebooks reproduce readme readme-check sync page \
+.PHONY: help setup fig3 test lint types notebooks-check check format notebooks reproduce figures readme readme-check sync page \
 	contribute compare claims dashboard notebook-files tiny-model gpu-one gpu-four soak clean
 
 help: ## list the targets
@@ -70,6 +70,9 @@ notebooks: $(SETUP) ## redraw every figure from the newest records
 
 reproduce: $(SETUP) ## every figure and table, one after the other
 	$(LAB) reproduce $(ARGS)
+
+figures: $(SETUP) ## draw every figure of the committed records
+	$(LAB) figures $(ARGS)
 
 readme: $(SETUP) ## write the results into README.md
 	$(LAB) readme

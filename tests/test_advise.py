@@ -158,14 +158,17 @@ class TestAdvice:
         assert blocked.freed_gain > 0.25
 
     def test_the_exchange_waits_for_the_end_of_attention(self) -> None:
-        """Read off the predicted timeline: but for those that started before it, none runs beside attention."""
+        """Read off the predicted timeline: none begins beside attention before its last wave leaves SMs to others."""
         begun_beside = {}
         for slug in ("h100-pcie", "l40s"):
-            costs = WorkloadCosts(catalogue.gpu(slug).profile(), wan(LONG, 4))
-            spans = predict(two_lane((2, 3, 3, 2), prefetch=1), costs).spans
+            profile = catalogue.gpu(slug).profile()
+            spans = predict(two_lane((2, 3, 3, 2), prefetch=1), WorkloadCosts(profile, wan(LONG, 4))).spans
             attends = [span for span in spans if span.op.kind == "attend"]
             others = [span for span in spans if span.op.kind != "attend"]
-            begun_beside[slug] = sum(a.begin_ms < o.begin_ms < a.end_ms - 1e-6 for a in attends for o in others)
+            full = {a: 1 - profile.last_wave(LONG, (2, 3, 3, 2)[a.op.chunk]) for a in attends}
+            begun_beside[slug] = sum(
+                a.begin_ms < o.begin_ms < a.begin_ms + full[a] * a.duration_ms - 1e-6 for a in attends for o in others
+            )
         assert begun_beside["h100-pcie"] == 0
         assert begun_beside["l40s"] >= 2
 

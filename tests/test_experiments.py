@@ -238,13 +238,14 @@ def on_rank(rank, job, ticks):
     call, finish = SequenceParallelAttention._call, UlyssesProgram.finish
     cheating, last = [], {}
 
-    def cheat(self, layer, q, k, v, out):
+    def cheat(self, layer, q, k, v, out, **options):
         cheating[:] = [self.method]
-        call(self, layer, q, k, v, out)
+        timeline = call(self, layer, q, k, v, out, **options)
         if self.method == "hcms-3lane":  # the result of the call before, as a buffer holds that is handed out again
             now = out.clone()
             out.copy_(last.get(id(self), now))
             last[id(self)] = now
+        return timeline
 
     def forgetful(self, op):
         if op.kind == "return" and cheating == ["hcms"] and op.chunk == 1:

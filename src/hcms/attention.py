@@ -289,7 +289,7 @@ class SequenceParallelAttention:
         workload = Workload(
             shape.local_tokens * self.ranks, shape.heads, self.ranks, shape.head_dim, shape.batch, profile.dtype
         )
-        costs = WorkloadCosts(profile, workload, graph=self.graph == "auto")
+        costs = WorkloadCosts(profile, workload, graph=self.graph == "auto", sustained=True)
         if device.type == "cuda" and self.ranks > 1 and workload.heads_a_rank > 1:
             return self._raced(costs, shape, dtype, device)
         if self.method != "hcms":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from statistics import median_low
 from time import perf_counter
 from typing import Any
 
@@ -21,6 +23,7 @@ from hcms.transport import COLLECTIVE, Transport, transports
 from hcms.transport.layout import HeadExchange, LayerShape
 
 _ROUNDS, _REPEATS = {"cpu": 2, "cuda": 1}, 2
+_SUSTAINED_MS = 250.0
 _AHEAD_CYCLES = 3_000_000  # of a GPU, a millisecond or two
 _CHUNKS_OF_HEADS = (1, 2, 3, 5, 10)
 
@@ -170,6 +173,7 @@ def _measure_chunk(
     if whole and P > 1:
         _measure_interference(measuring, exchange, kernel, qkv, attend_ms, exchange_ms)
         if device.type == "cuda":
+            measuring.samples.append(_sustained(measuring, kernel, qkv, attend_ms))
             measuring.samples.append(occupancy(measuring, inputs, kernel, qkv, attend_ms))
 
 
@@ -232,6 +236,21 @@ def _measure_interference(
     overlap = min(1.0, exchange_ms / attend_ms)
     slowdown = 1 + (measuring.slowest_ms(beside_ms) / measuring.slowest_ms(alone_ms) - 1) / overlap
     measuring.samples.append({"op": "interference", "attention_slowdown": slowdown, "communication_slowdown": 1.0})
+
+
+def _sustained(measuring: _Measuring, kernel: Kernel, qkv: list[Tensor], attend_ms: float) -> dict[str, Any]:
+    """Attention in a block of its own calls, when the clock has settled, over a call by itself."""
+    calls = max(4, round(_SUSTAINED_MS / attend_ms))
+    measuring.synchronize()
+    dist.barrier(measuring.group)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    for event in events[:-1]:
+        event.record()
+        kernel.attend(*qkv)
+    events[-1].record()
+    measuring.synchronize()
+    late_ms = [begin.elapsed_time(end) for begin, end in pairwise(events[calls // 2 :])]
+    return {"op": "sustained", "slowdown": median_low(late_ms) / attend_ms}
 
 
 def _measure_ring(measuring: _Measuring, shape: LayerShape, dtype: torch.dtype, kernel: Kernel) -> None:

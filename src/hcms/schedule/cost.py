@@ -42,6 +42,9 @@ __all__ = [
     "predict",
 ]
 
+COOL_DUTY = 0.65  # measured on an H100 and an H200 of 700 W: below, attention ran at the clock of single calls
+_TURNS = 3  # the share of attention and its slowdown settle within a part in a thousand
+
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -82,12 +85,26 @@ class Workload:
 
 
 class WorkloadCosts:
-    """The `Costs` of one workload on the ranks of one profile. Any kind of Schedule."""
+    """The `Costs` of one workload on the ranks of one profile. Any kind of Schedule.
 
-    def __init__(self, profile: Profile, workload: Workload, *, graph: bool = False) -> None:
+    Args:
+        graph: calls are replayed as CUDA graphs: the host issues nothing by itself.
+        sustained: calls follow each other, as in a model's layers, so that a GPU's power limit may set its clock.
+        slowdown: what attention takes of it, over what the profile says (`predict` finds it for sustained calls).
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        workload: Workload,
+        *,
+        graph: bool = False,
+        sustained: bool = False,
+        slowdown: float = 1.0,
+    ) -> None:
         self.profile = profile
         self.workload = workload
-        self.graph = graph  # replayed as one: the host issues nothing by itself
+        self.graph, self.sustained, self.slowdown = graph, sustained, slowdown
         self._known: dict[tuple[Any, ...], OpCost] = {}
 
     @property
@@ -97,6 +114,16 @@ class WorkloadCosts:
     @property
     def ports(self) -> int:
         return self.profile.ports
+
+    def at_duty(self, duty: float) -> WorkloadCosts:
+        """The same where attention is under way for a share `duty` of the time.
+
+        Up to `COOL_DUTY` the pauses of communication leave the clock as it is for a call alone; from there to attention
+        without a pause, the slowdown grows to what a block of nothing else shows.
+        """
+        hot = max(0.0, min(1.0, duty) - COOL_DUTY) / (1 - COOL_DUTY)
+        slowdown = 1 + (self.profile.sustained_slowdown - 1) * hot
+        return WorkloadCosts(self.profile, self.workload, graph=self.graph, sustained=self.sustained, slowdown=slowdown)
 
     def op_cost(self, op: Op, schedule: Schedule) -> OpCost:
         """Price one operation of `schedule`, whose cut adds up to this workload's M (or which is a ring)."""
@@ -115,7 +142,8 @@ class WorkloadCosts:
     @cached_property
     def attention_ms(self) -> float:
         """Attention of all M heads in one call."""
-        return self.profile.attention_ms(self.workload.seq_len, self.workload.heads_a_rank, self.workload.batch)
+        w = self.workload
+        return self.slowdown * self.profile.attention_ms(w.seq_len, w.heads_a_rank, w.batch)
 
     @cached_property
     def comm_ms(self) -> float:
@@ -154,7 +182,7 @@ class WorkloadCosts:
     def _chunk_cost(self, op: Op, heads: int, *, apart: bool = False) -> OpCost:
         p, w = self.profile, self.workload
         if op.kind == "attend":
-            attend_ms = p.attention_ms(w.seq_len, heads, w.batch, parts=op.part[1])
+            attend_ms = self.slowdown * p.attention_ms(w.seq_len, heads, w.batch, parts=op.part[1])
             # On a CPU the call was measured with the host's part in it.
             return OpCost(attend_ms, 0.0 if self.host_computes else self._host_ms)
         if w.ranks == 1 and not apart:
@@ -215,10 +243,18 @@ class WorkloadCosts:
         slowdown = self._slowdown(op, in_ring) if schedule.overlaps and not self._blocked else 1.0
         if op.kind == "attend":
             if in_ring:
-                return (Stage("attend", self._ring_cost(op).lane_ms * slowdown),)
-            filled = self.profile.fill_speedup if COMPUTE_2 in schedule.lanes else 1.0
-            attend_ms = self._chunk_cost(op, schedule.cut[op.chunk]).lane_ms
-            return (Stage("attend", attend_ms * slowdown / filled),)
+                w, attend_ms = self.workload, self._ring_cost(op).lane_ms * slowdown
+                last = self.profile.last_wave(w.seq_len // w.ranks, w.heads, w.batch)
+                return (Stage("attend", attend_ms, attend_ms * last),)
+            heads = schedule.cut[op.chunk]
+            attend_ms = self._chunk_cost(op, heads).lane_ms
+            if COMPUTE_2 in schedule.lanes:  # what a chunk's last wave leaves idle, the next chunk's first takes
+                share = heads / self.workload.heads_a_rank / op.part[1]
+                attend_ms = min(attend_ms, share * self.attention_ms) / min(1.0, self.profile.fill_speedup)
+            attend_ms *= slowdown
+            w = self.workload
+            last = self.profile.last_wave(w.seq_len, heads, w.batch, parts=op.part[1])
+            return (Stage("attend", attend_ms, attend_ms * last),)
         if op.kind == "rotate":
             copy_ms = self._ring_copy_ms if op.chunk == 0 else 0.0
             return (Stage("copy", copy_ms), Stage("wire", (self._ring_cost(op).lane_ms - copy_ms) * slowdown))
@@ -232,7 +268,7 @@ class WorkloadCosts:
         local_tokens = w.seq_len // w.ranks
         elements = w.batch * local_tokens * w.heads * w.head_dim
         if op.kind == "attend":
-            attend_ms = p.attention_ms(local_tokens, w.heads, w.batch) * p.lse_slowdown
+            attend_ms = self.slowdown * p.attention_ms(local_tokens, w.heads, w.batch) * p.lse_slowdown
             merge_ms = elements * 4 / 1e9 * p.merge_ms_per_gb
             return OpCost(attend_ms + merge_ms, 0.0 if self.host_computes else self._host_ms)
         wire_ms = p.rotate_ms(self._ring_bytes, w.ranks)
@@ -305,10 +341,28 @@ class IdealCosts:
 def predict(schedule: Schedule, costs: Costs) -> Timeline:
     """`simulate`, with exchanges and returns sharing one port where the costs say so (`ports`, 1 unless given).
 
-    On a GPU whose attention holds every SM, and there for schedules that copy apart, it is `contend`.
+    On a GPU whose attention holds every SM, and there for schedules that copy apart, it is `contend`. Where calls
+    follow each other (`WorkloadCosts.sustained`), attention's clock is that of the share of time which it takes.
 
     On one port a third lane adds no bandwidth: both communication lanes are priced as one, in issue order.
     """
+    timeline = _predict(schedule, costs)
+    if isinstance(costs, WorkloadCosts) and costs.sustained and costs.profile.sustained_slowdown > 1:
+        for _ in range(_TURNS):
+            timeline = _predict(schedule, costs.at_duty(attending_ms(timeline) / timeline.duration_ms))
+    return timeline
+
+
+def attending_ms(timeline: Timeline) -> float:
+    """How long attention is under way, on whichever lane."""
+    total_ms = until_ms = 0.0
+    for span in sorted((s for s in timeline.spans if s.op.kind == "attend"), key=lambda s: s.begin_ms):
+        total_ms += max(0.0, span.end_ms - max(span.begin_ms, until_ms))
+        until_ms = max(until_ms, span.end_ms)
+    return total_ms
+
+
+def _predict(schedule: Schedule, costs: Costs) -> Timeline:
     gpu: Any = costs if hasattr(costs, "stages") and not costs.host_computes else None
     if gpu is not None and (schedule.copies_apart or gpu.holds_sms):
         return contend(schedule, gpu)

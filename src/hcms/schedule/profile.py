@@ -69,7 +69,9 @@ class Profile:
         communication_slowdown: the reverse.
         holds_sms: the kernel is persistent: it takes every SM until it ends.
         wire_needs_sms: an exchange runs kernels, as NCCL's does; copy engines need none.
-        fill_speedup: attention of chunks on two lanes: its time in full waves on one lane, over that on two.
+        fill_speedup: attention head by head on one lane, over the same on two: below 1, two lanes do not pay.
+        sustained_slowdown: attention's time in a block of nothing else, where a GPU's power limit sets its clock, over
+            that of a call by itself.
         sms: streaming multiprocessors that attention's tiles are spread over; None knows no waves (CPU).
         ports: 1 where exchanges and returns share the link's bandwidth, 2 where a third lane has its own.
         assumed: inputs that nobody measured, in words.
@@ -96,6 +98,7 @@ class Profile:
     holds_sms: bool = False
     wire_needs_sms: bool = True
     fill_speedup: float = 1.0
+    sustained_slowdown: float = 1.0
     sms: int | None = None
     ports: int = 1
     assumed: tuple[str, ...] = ()
@@ -123,6 +126,13 @@ class Profile:
             return work * low
         share = (seq_len - below) / (above - below)
         return work * (low + (unit_ms(above) - low) * share)
+
+    def last_wave(self, seq_len: int, heads: int, batch: int = 1, *, parts: int = 1) -> float:
+        """The share of a call's time that its last wave of tiles takes, where that leaves SMs to others; else 0."""
+        if self.sms is None:
+            return 0.0
+        waves = batch * heads * math.ceil(seq_len / parts / TILE_ROWS) / self.sms
+        return 0.0 if waves == math.ceil(waves) else 1 / math.ceil(waves)
 
     def _work(self, seq_len: int, heads: int, batch: int, parts: int = 1) -> float:
         """Query-key pairs that the hardware spends time on."""
@@ -270,7 +280,7 @@ def fit(
             `exchange` and `rotate`: `bytes_off_rank`, `ms` (the link alone, packed already);
             `pack`, `unpack`, `merge`: `bytes`, `ms` (merge: bytes of float32 output);
             `host`: `ms`; `interference`: `attention_slowdown`, `communication_slowdown`;
-            `occupancy`: `holds_sms`, `wire_needs_sms`, `fill_speedup` (GPUs).
+            `occupancy`: `holds_sms`, `wire_needs_sms`, `fill_speedup`; `sustained`: `slowdown` (GPUs).
             `attend` is needed, and `exchange` from 2 ranks on. Without `unpack`, it is taken to be as `pack`; without
             `merge`, as twice `pack`; the rest as nothing.
         hardware, device, world_size, backend, link, kernel, dtype, head_dim, batch, sms, ports: as in `Profile`.
@@ -317,7 +327,8 @@ def fit(
         ),
         holds_sms=any(s["holds_sms"] for s in by_op["occupancy"]),
         wire_needs_sms=any(s["wire_needs_sms"] for s in by_op["occupancy"]) if by_op["occupancy"] else True,
-        fill_speedup=max(1.0, median_low([s["fill_speedup"] for s in by_op["occupancy"]] or [1.0])),
+        fill_speedup=median_low([s["fill_speedup"] for s in by_op["occupancy"]] or [1.0]),
+        sustained_slowdown=max(1.0, median_low([s["slowdown"] for s in by_op["sustained"]] or [1.0])),
         sms=sms,
         ports=ports,
     )
@@ -337,6 +348,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "host": ("ms",),
     "interference": ("attention_slowdown", "communication_slowdown"),
     "occupancy": ("holds_sms", "wire_needs_sms", "fill_speedup"),
+    "sustained": ("slowdown",),
 }
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "COLUMNS",
     "ROOT",
     "SCHEMAS",
+    "by_link",
     "committed_runs",
     "config",
     "environment",
@@ -174,6 +175,15 @@ def committed_folders(exp: str, root: Path = ROOT) -> dict[str, Path]:
     base = root / "paper_tables" / "records"
     folders = [inside(base, slug.name, exp) for slug in sorted(base.glob("[!.]*")) if slug.is_dir()]
     return {folder.parent.name: folder for folder in folders if (folder / "records.jsonl").is_file()}
+
+
+def by_link(exp: str, root: Path = ROOT) -> dict[str, Path]:
+    """The newest committed run of an experiment over each link, by the link's name; reduced ones left out."""
+    folders: dict[str, Path] = {}
+    for folder in sorted(committed_folders(exp, root).values(), key=_place):
+        if not reduced(folder):
+            folders.setdefault(str(environment(folder).get("link")), folder)
+    return folders
 
 
 def committed_runs(exp: str, root: Path = ROOT) -> list[pd.DataFrame]:

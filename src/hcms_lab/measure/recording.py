@@ -21,7 +21,7 @@ from hcms_lab.ground.records import Record
 from hcms_lab.measure.cases import Case, Point
 from hcms_lab.measure.contestant import Contestant
 from hcms_lab.measure.inputs import Reference
-from hcms_lab.measure.job import Job
+from hcms_lab.measure.job import SUSTAINED, Job
 from hcms_lab.measure.launch import Rank
 from hcms_lab.measure.timing import Sample, gathered
 
@@ -140,10 +140,17 @@ def recorded(
             _fill(record, t, t.entrant, given)
             if t.entrant.schedule is not None:
                 record.predicted_ms = _predicted_ms(
-                    point, t.case, t.entrant.schedule, profile, graph=job.graph == "auto"
+                    point,
+                    t.case,
+                    t.entrant.schedule,
+                    profile,
+                    graph=job.graph == "auto",
+                    sustained=job.load == SUSTAINED,
                 )
             elif t.case.method == "ceiling" and profile is not None:
-                record.predicted_ms = profile.attention_ms(point.seq_len, point.heads_a_rank, point.batch)
+                slowdown = profile.sustained_slowdown if job.load == SUSTAINED else 1.0
+                attention_ms = profile.attention_ms(point.seq_len, point.heads_a_rank, point.batch)
+                record.predicted_ms = slowdown * attention_ms
             if rank.first and t.timelines and record.ok:
                 _trace(job, t, record)
         records.append(record)
@@ -188,12 +195,12 @@ def _trace(job: Job, t: Timed, record: Record) -> None:
 
 
 def _predicted_ms(
-    point: Point, case: Case, schedule: Schedule, profile: Profile | None, *, graph: bool
+    point: Point, case: Case, schedule: Schedule, profile: Profile | None, *, graph: bool, sustained: bool
 ) -> float | None:
     if profile is None:
         return None
     workload = Workload(point.seq_len, point.heads, point.ranks, point.head_dim, point.batch, point.dtype)
-    timeline = predict(schedule, WorkloadCosts(profile, workload, graph=graph))
+    timeline = predict(schedule, WorkloadCosts(profile, workload, graph=graph, sustained=sustained))
     return timeline.attention_ms if case.method == "ceiling" else timeline.duration_ms
 
 

@@ -26,6 +26,7 @@ from hcms_lab.ground.load import (
     records,
 )
 from hcms_lab.ground.paths import ROOT
+from hcms_lab.report.parts import LINKS
 from hcms_lab.report.registry import exhibits
 from hcms_lab.report.table1 import short
 from hcms_lab.report.table5 import leads
@@ -69,6 +70,7 @@ def figures(root: Path = ROOT) -> str:
         files = [
             f"figures/{experiment.name}.pdf",
             f"figures/{experiment.name}.png",
+            *(f"figures/{experiment.name}-{link}.png" for link in LINKS),
             f"paper_tables/{experiment.name}.md",
         ]
         there = [f"[{Path(file).name}]({file})" for file in files if (root / file).is_file()]

@@ -105,10 +105,11 @@ def hardware_colours(hardware: Iterable[str]) -> dict[str, str]:
     return {name: cycle[i % len(cycle)] for i, name in enumerate(dict.fromkeys(hardware))}
 
 
-def save(fig: Figure, name: str, *, alt: str = "", folder: Path = OUT / "figures") -> list[Path]:
+def save(fig: Figure, name: str, *, alt: str = "", folder: Path = OUT / "figures", vector: bool = True) -> list[Path]:
     """Write `<name>.pdf` and `<name>.png` into `folder`, and close the figure.
 
     Args:
+        vector: False leaves the PDF out.
         alt: one or two sentences that say what the figure shows. They travel inside the files (PDF subject, PNG
             description), where the page finds them for readers who cannot see the picture.
 
@@ -119,7 +120,8 @@ def save(fig: Figure, name: str, *, alt: str = "", folder: Path = OUT / "figures
     folder.mkdir(parents=True, exist_ok=True)
     pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
     with use():  # resolution and font embedding are read when a file is written
-        fig.savefig(pdf, metadata={"CreationDate": None, "Title": name, "Subject": alt})
+        if vector:
+            fig.savefig(pdf, metadata={"CreationDate": None, "Title": name, "Subject": alt})
         fig.savefig(png, metadata={"Title": name, "Description": alt})
     plt.close(fig)
-    return [pdf, png]
+    return [pdf, png] if vector else [png]
