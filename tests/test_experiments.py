@@ -18,6 +18,7 @@ from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.experiments import experiment, experiments
 from hcms_lab.ground.load import config, environment
 from hcms_lab.ground.records import RecordFile
+from hcms_lab.ground.reduced import reductions
 
 pytestmark = pytest.mark.t3
 
@@ -63,6 +64,23 @@ def test_validates_where_there_are_gpus(run: ModuleType, monkeypatch: pytest.Mon
             raise
     else:
         assert cfg.workload.name == "wan720p"
+
+
+@pytest.mark.parametrize("name", OF_LAYERS)
+def test_validates_where_ranks_share_a_card(run: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On one card, two ranks unless more are asked for; `on_shared` is what the experiment is there, and no less."""
+    pretend_gpus(monkeypatch, 1)
+    monkeypatch.setattr("hcms_lab.measure.cases.check_one_card", lambda: None)
+    cfg = run.composed(run.with_gpus([f"+exp={name}", "link.kind=shared"]))
+    grid = run.script(cfg.kind).grid(cfg)
+    assert {run.script(cfg.kind).link_of(cfg)} == {"shared"}
+    if cfg.on_shared:
+        assert {p.ranks for p in grid} == {2}
+        wanted = {entry.partition("=")[0] for entry in cfg.on_shared}
+        assert reductions(cfg, run.composed(run.with_gpus([f"+exp={name}", "link.kind=shared"]))) == []
+        assert wanted <= {"latent_frames", "kernels", "methods", "ranks", "workload.dtype"}
+    with pytest.raises(UsageError, match="8 ranks at most share a card"):
+        run.script(cfg.kind).grid(run.composed(run.with_gpus([f"+exp={name}", "link.kind=shared", "ranks=16"])))
 
 
 def test_ranks_of_several_hosts(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

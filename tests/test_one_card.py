@@ -99,7 +99,7 @@ def test_a_daemon_that_does_not_start_says_why(notes: Path, monkeypatch: pytest.
 
 def test_without_a_daemon_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UsageError, match="no nvidia-cuda-mps-control here.*link.kind=ghost"):
+    with pytest.raises(UsageError, match=r"no nvidia-cuda-mps-control here.*link\.kind=ghost"):
         one_card.check_one_card()
 
 
@@ -119,6 +119,6 @@ def test_an_nccl_that_takes_one_rank_a_card_is_refused(
 
 def test_what_is_no_nccl_gets_one_line(notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(one_card.NCCL, "/nowhere/libnccl.so.2")
-    with pytest.raises(UsageError, match="^HCMS_NCCL=/nowhere/libnccl.so.2: .*No such file") as refusal:
+    with pytest.raises(UsageError, match=r"^HCMS_NCCL=/nowhere/libnccl\.so\.2: .*No such file") as refusal:
         one_card.check_one_card()
     assert "\n" not in str(refusal.value)

@@ -17,11 +17,12 @@ _TOO_LATE_S = 30  # before the end no step is begun
 
 @dataclass(frozen=True)
 class Step:
-    """An experiment of run.py, over a link that its environment makes; `link` names the folder of its runs."""
+    """An experiment of run.py, over a link that its environment or settings make; `link` names its runs' folder."""
 
     name: str
     link: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()
 
     def folder(self, output: Path) -> Path:
         return output / self.link / self.name
@@ -36,7 +37,7 @@ class Step:
 
     def command(self, output: Path, resume: Sequence[str], settings: Sequence[str]) -> list[str]:
         where = f"output={output / self.link}"
-        return [sys.executable, "experiments/run.py", f"+exp={self.name}", where, *resume, *settings]
+        return [sys.executable, "experiments/run.py", f"+exp={self.name}", where, *self.settings, *resume, *settings]
 
 
 def listed(steps: Sequence[Step], output: Path) -> str:

@@ -1,11 +1,13 @@
 """Everything that one GPU can tell, in calls of under ten minutes: `make gpu-one` until it says that all is done.
 
-First every experiment that one card can stand for as one rank of P (`link.kind=ghost`), then tests of the CUDA lanes
-(races, sanitizer, memory checker), the cost of attention by heads and tokens, of packing and of the machinery, and one
-denoising step of Wan2.2-A14B with random weights. What has ended is not run again, an experiment that was cut off goes
-on. Records are appended as they are made. Place what came out with
+First every experiment that one card can stand for as one rank of P (`link.kind=ghost`), then those that two NCCL ranks
+on it can show (`link.kind=shared`; left out, with the reason, where there is no NCCL for that), then tests of the CUDA
+lanes (races, sanitizer, memory checker), the cost of attention by heads and tokens, of packing and of the machinery,
+and one denoising step of Wan2.2-A14B with random weights. What has ended is not run again, an experiment that was cut
+off goes on. Records are appended as they are made. Place what came out with
 
     hcms-lab contribute outputs/gpu-one/ghost/fig3/latest        # each of the experiments
+    hcms-lab contribute outputs/gpu-one/shared/fig3/latest --variant shared
     hcms-lab contribute outputs/gpu-one
 
 Without a GPU it says what it would run on one, and runs the CPU's experiments (`hcms-lab reproduce`).
@@ -31,10 +33,13 @@ from hcms.hardware import visible_gpus
 from hcms_lab.commands import reproduce
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.paths import ROOT
+from hcms_lab.measure.one_card import check_one_card
 from hcms_lab.stepwise import Step, listed, run_steps
 
 EXPERIMENTS = ("fig3", "fig4", "fig5", "fig1", "fig2", "fig8", "table2", "table3", "table5")
+SHARED = ("fig3", "fig1", "table2", "table5")
 STEPS = [Step(name, "ghost") for name in EXPERIMENTS]
+SHARED_STEPS = [Step(name, "shared", settings=("link.kind=shared",)) for name in SHARED]
 PARTS = ("experiments", "tests", "attend", "copies", "machinery", "layers", "wan")
 DONE = "parts.txt"  # in the output folder: the parts that have ended, a line each
 
@@ -109,7 +114,7 @@ def shown(folder: Path) -> str:
     """What there is to do, a line each."""
     done = done_parts(folder)
     rest = [f"{'done' if part in done else 'to do':6} card   {part}" for part in PARTS if part != "experiments"]
-    return "\n".join([listed(STEPS, folder), *rest])
+    return "\n".join([listed(STEPS + SHARED_STEPS, folder), *rest])
 
 
 def run(arguments: Namespace) -> int:
@@ -127,8 +132,14 @@ def run(arguments: Namespace) -> int:
     wanted = named or [part for part in PARTS if part not in done_parts(folder)]
     failed = 0
     if "experiments" in wanted:
-        failed = run_steps(STEPS, folder, ends_s, arguments.settings)
-        if all(step.done(folder) for step in STEPS):
+        steps = STEPS + SHARED_STEPS
+        try:
+            check_one_card()
+        except UsageError as missing:
+            steps = STEPS
+            print(f"left out: {', '.join(SHARED)} over the shared link: {missing}")
+        failed = run_steps(steps, folder, ends_s, arguments.settings)
+        if all(step.done(folder) for step in steps):
             note_done(folder, "experiments")
     if parts := [part for part in wanted if part != "experiments"]:
         failed += card(folder, parts, ends_s)
