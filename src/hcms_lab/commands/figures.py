@@ -35,7 +35,7 @@ def run(arguments: Namespace) -> int:
         drawn = figure.save(figure.of(newest))
         runs = {link: folder for link, folder in by_link(name).items() if link in LINKS}
         for link, folder in runs.items() if newest in runs.values() else ():
-            if folder != newest:
+            if folder != newest and link in figure.beside:
                 shown = figure.of(folder)
                 drawn += style.save(shown, f"{name}-{link}", alt=shown.get_label(), vector=False)
         for path in drawn:

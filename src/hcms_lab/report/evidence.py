@@ -123,12 +123,13 @@ class Finding:
 
     @property
     def short(self) -> str:
-        """The best evidence in a cell: `H100 +36.2 %; H200 +30.1 % (ghost link)`."""
+        """The best evidence in a cell, by link: `H100 +36.2 %; H200 +30.1 % (ghost link)`, and so on."""
         if not self.evidence:
             return NOT_YET
-        links = ", ".join(dict.fromkeys(e.link for e in self.best))
-        each = "; ".join(f"{short_hardware(e.hardware)}{', rested,' * e.rested} {e.short}" for e in self.best)
-        return f"{each} ({links} link)"
+        by_link: dict[str, list[str]] = {}
+        for e in self.best:
+            by_link.setdefault(e.link, []).append(f"{short_hardware(e.hardware)}{', rested,' * e.rested} {e.short}")
+        return "; ".join(f"{'; '.join(each)} ({link} link)" for link, each in by_link.items())
 
 
 def ordered(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:

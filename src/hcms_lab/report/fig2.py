@@ -44,7 +44,7 @@ def fig2(records: pd.DataFrame) -> Figure:
     """
     import matplotlib.pyplot as plt
 
-    cases = parts.of_one_link(measured(records))
+    cases = parts.of_one_kernel(measured(records))
     cases = cases.assign(
         chunks=[chunks(cut) for cut in cases["cut"]],
         shape=[parts.cut_shape(str(cut)) if cut else "" for cut in cases["cut"]],

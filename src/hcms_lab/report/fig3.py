@@ -27,7 +27,7 @@ def fig3(records: pd.DataFrame) -> Figure:
     """
     import matplotlib.pyplot as plt
 
-    cases = parts.of_one_link(measured(fixed_cuts(records)))
+    cases = parts.of_one_kernel(measured(fixed_cuts(records)))
     lengths = sorted(int(s) for s in cases["seq_len"].unique())
     with style.use():
         fig, axes = plt.subplot_mosaic(

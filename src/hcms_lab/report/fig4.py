@@ -25,7 +25,7 @@ def fig4(records: pd.DataFrame) -> Figure:
     """
     import matplotlib.pyplot as plt
 
-    cases = parts.of_one_link(measured(fixed_cuts(records)))
+    cases = parts.of_one_kernel(measured(fixed_cuts(records)))
     cases = cases[cases["seq_len"] == cases["seq_len"].max()]
     cases.attrs = dict(records.attrs)
     ranks = sorted(int(p) for p in cases["world_size"].unique())

@@ -34,7 +34,7 @@ def fig5(records: pd.DataFrame) -> Figure:
     """
     import matplotlib.pyplot as plt
 
-    records = parts.of_one_link(records)
+    records = parts.of_one_kernel(records)
     cases = measured(records)
     with style.use():
         fig, axes = plt.subplots(1, 2, figsize=style.size("page", 0.62), sharey=True, sharex=True)

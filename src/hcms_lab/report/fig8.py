@@ -62,7 +62,7 @@ def fig8(records: pd.DataFrame) -> Figure:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    records = parts.of_one_link(records)
+    records = parts.of_one_kernel(records)
     points = list(measured_points(records))
     overhead = overheads(points)
     with style.use():

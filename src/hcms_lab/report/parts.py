@@ -33,6 +33,16 @@ def hardware_name(records: pd.DataFrame) -> str:
     return str(hardware["name"]) if hardware.get("slug") == slug else slug
 
 
+def of_one_kernel(records: pd.DataFrame) -> pd.DataFrame:
+    """The records of one link, load and kernel, the first that was measured: a line through two would be of neither."""
+    kept = of_one_link(records)
+    kernels = kept["kernel"].dropna().unique()
+    if len(kernels) > 1:
+        attrs, kept = kept.attrs, kept[kept["kernel"] == kernels[0]]
+        kept.attrs = dict(attrs)
+    return kept
+
+
 def of_one_link(records: pd.DataFrame) -> pd.DataFrame:
     """The records of one link under one load, since no line or column mixes two.
 
