@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from hcms.links import Link, joining
+from hcms.links.named import NamedGroup
 
 NAME = "emulated"
 _HEADER_TAG = 1 << 20  # keeps a header of send / recv apart from its payload
@@ -118,30 +119,12 @@ class PacedWork(dist.Work):
         return self._future
 
 
-class EmulatedProcessGroup(dist.ProcessGroup):
+class EmulatedProcessGroup(NamedGroup):
     """Gloo behind this process's `PORT`. Each collective is charged the bytes that leave this rank."""
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-        super().__init__(rank, size)
+        super().__init__(NAME, rank, size)
         self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
-
-        self._names = {"name": "", "desc": ""}
-
-    def getBackendName(self) -> str:
-        return NAME
-
-    # A ProcessGroup written in Python keeps its own names; functional collectives look groups up by them.
-    def setGroupName(self, name: str) -> None:
-        self._names["name"] = name
-
-    def getGroupName(self) -> str:
-        return self._names["name"]
-
-    def setGroupDesc(self, desc: str) -> None:
-        self._names["desc"] = desc
-
-    def getGroupDesc(self) -> str:
-        return self._names["desc"]
 
     def _paced(self, start: Any, nbytes: int, result: Any) -> PacedWork:
         """Start a symmetric collective that sends `nbytes` off this rank, with a header to every rank."""

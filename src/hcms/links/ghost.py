@@ -8,8 +8,7 @@
 
 Real are the kernels at full speed and size, the traffic (every byte off the rank goes out to pinned host memory while
 as many come in, by copy engines, both directions at once, over the card's own PCIe), the streams and the results.
-Not real: peers have no skew, and no NCCL kernel takes SMs (`engine="sm"` drives the same bytes by a kernel of a few
-blocks on mapped memory instead, to show what that does to attention).
+Not real: peers have no skew, and no NCCL kernel takes SMs.
 
 What arrives must be right, or nothing is checked. The world is a consistent one: with this rank's heads in P groups,
 rank j's token shard holds in group g what this rank's holds in group g + j. Then an all-to-all brings back from each
@@ -33,6 +32,7 @@ from torch.futures import Future
 
 from hcms.links import Link
 from hcms.links.ghost_wire import WIRE, done
+from hcms.links.named import NamedGroup
 
 NAME = "ghost"
 
@@ -65,28 +65,11 @@ class _Done(dist.Work):
         return done(self._result)
 
 
-class GhostProcessGroup(dist.ProcessGroup):
+class GhostProcessGroup(NamedGroup):
     """One rank of P. Tensors on the host are answered at once, as by peers that hold the same."""
 
     def __init__(self, rank: int, size: int) -> None:
-        super().__init__(rank, size)  # pyright: ignore[reportCallIssue]
-        self._names = {"name": "", "desc": ""}
-
-    def getBackendName(self) -> str:
-        return NAME
-
-    # A ProcessGroup written in Python keeps its own names; functional collectives look groups up by them.
-    def setGroupName(self, name: str) -> None:
-        self._names["name"] = name
-
-    def getGroupName(self) -> str:
-        return self._names["name"]
-
-    def setGroupDesc(self, desc: str) -> None:
-        self._names["desc"] = desc
-
-    def getGroupDesc(self) -> str:
-        return self._names["desc"]
+        super().__init__(NAME, rank, size)
 
     def _others(self) -> list[int]:
         return [j for j in range(self.size()) if j != self.rank()]

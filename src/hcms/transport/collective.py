@@ -16,20 +16,11 @@ def make(
     shape: LayerShape,
     dtype: torch.dtype,
     device: torch.device,
-    *,
-    heads_first: bool = False,
-    own_apart: bool = False,
+    **options: bool,
 ) -> HeadExchange:
-    return HeadExchange(
-        schedule,
-        dist.get_world_size(group),
-        shape,
-        dtype,
-        device,
-        heads_first=heads_first,
-        rank=dist.get_rank(group),
-        own_apart=own_apart,
-    )
+    """As `hcms.transport.Make` says."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    return HeadExchange(schedule, ranks, shape, dtype, device, rank=rank, **options)
 
 
 TRANSPORT = Transport(COLLECTIVE, "all-to-alls of the group's own backend", ("cpu", "cuda"), True, make)

@@ -58,22 +58,11 @@ class CopyEngineExchange(HeadExchange):
         shape: LayerShape,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        heads_first: bool = False,
-        own_apart: bool = False,
+        **options: bool,
     ) -> None:
         self._peers = _Peers(group, device)
-        rank = dist.get_rank(group)
-        super().__init__(
-            schedule,
-            dist.get_world_size(group),
-            shape,
-            dtype,
-            device,
-            heads_first=heads_first,
-            rank=rank,
-            own_apart=own_apart,
-        )
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        super().__init__(schedule, ranks, shape, dtype, device, rank=rank, **options)
         self._inputs_BLNH: dict[str, Tensor] = {}
         self._rows: list[Tensor] = []
         messages = [
@@ -85,7 +74,7 @@ class CopyEngineExchange(HeadExchange):
         self._first = (first.chunk, first.tensors, first.part[0])
         # The own share goes by copy engine as well, unless it is copied apart; nearest ranks first, so that not all
         # write to one at once.
-        self._targets = [(rank + d) % self.ranks for d in range(1 if own_apart else 0, self.ranks)]
+        self._targets = [(rank + d) % self.ranks for d in range(1 if self._own_apart else 0, ranks)]
 
     def _allocate(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
         recv, recv_back = self._peers.empty(count, dtype), self._peers.empty(count // 3, dtype)

@@ -162,7 +162,7 @@ class HeadExchange:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        heads_first: bool,
+        heads_first: bool = False,
         rank: int = 0,
         own_apart: bool = False,
     ) -> None:

@@ -7,6 +7,7 @@ for those that set methods against each other. Whole pipelines add `ClipConfig` 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,9 +74,15 @@ class BenchConfig(RoundsConfig):
     timeout_s: float = 600.0  # how long a rank waits for the others before the run ends
 
 
+def _wandb_mode() -> str:
+    """What W&B's own variable asks for, where that is one of the modes here."""
+    asked = os.environ.get("WANDB_MODE", "")
+    return asked if asked in WANDB_MODES else WANDB_MODES[0]
+
+
 @dataclass
 class WandbConfig:
-    mode: str = "offline"  # offline | online | disabled
+    mode: str = field(default_factory=_wandb_mode)  # offline | online | disabled; offline unless WANDB_MODE says so
     project: str = "hcms"
     entity: str | None = None
 

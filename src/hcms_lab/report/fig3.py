@@ -20,7 +20,8 @@ PANELS = (("ulysses", "C1"), ("ring", "C2"))
 
 @register("fig3", "Latency by sequence length")
 def fig3(records: pd.DataFrame) -> Figure:
-    """Latency of each method with quartiles above; speedup over Ulysses and over Ring with 95 % intervals below.
+    """Latency of each method with quartiles above; speedup over Ulysses and over Ring, where they ran, below, with 95 %
+    intervals.
 
     Of a method that cuts heads the fastest fixed cut at each length is drawn; its speedup is that of rounds that did
     not pick it.
@@ -29,11 +30,13 @@ def fig3(records: pd.DataFrame) -> Figure:
 
     cases = parts.of_one_kernel(measured(fixed_cuts(records)))
     lengths = sorted(int(s) for s in cases["seq_len"].unique())
+    panels = [(base, claim) for base, claim in PANELS if (cases["method"] == base).any()]
+    below = [base for base, _ in panels]
     with style.use():
         fig, axes = plt.subplot_mosaic(
-            [["latency", "latency"], ["ulysses", "ring"]],
+            [["latency"] * len(below), below] if below else [["latency"]],
             figsize=style.size("page", 0.78),
-            height_ratios=[1.15, 1],
+            height_ratios=[1.15, 1] if below else None,
         )
         top = axes["latency"]
         for method in parts.methods_of(cases):
@@ -42,7 +45,7 @@ def fig3(records: pd.DataFrame) -> Figure:
         top.set_ylabel("latency, ms")
         top.set_ylim(bottom=0)
         top.legend(loc="upper left", ncols=2)  # serves all panels: a method looks the same in each
-        for base, claim in PANELS:
+        for base, claim in panels:
             _speedups(axes[base], cases, base, claim)
         for ax in axes.values():
             ax.set_xticks(lengths, [f"{s:,}" for s in lengths])
