@@ -96,6 +96,8 @@ def named(overrides: list[str]) -> Experiment:
     if any(o.startswith("exp=") for o in overrides):
         raise UsageError(f"exp: write it with a plus, +exp=NAME, one of {', '.join(names())}")
     chosen = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("exp=")]
+    if any(o.lstrip("+~").startswith("hydra.run.dir") for o in overrides):
+        raise UsageError("hydra.run.dir: give output=FOLDER; a run's own folder below that is named after its time")
     if not chosen:
         raise UsageError(f"no experiment named: give +exp=NAME, one of {', '.join(names())}")
     return experiment(",".join(chosen))

@@ -136,6 +136,9 @@ LAYER = [
     (f"profile={'x' * 300}", "profile=x", r"\+exp=calibrate writes one"),
     ("profile=/", "profile=/", r"\+exp=calibrate writes one"),
     ("output=", "output=", "give one that can be made"),
+    ("hydra.run.dir=.", "hydra.run.dir", "give output=FOLDER"),
+    ("transport=pigeon", "transport=pigeon", "choose one of collective, copy-engine"),
+    ("transport=copy-engine", "transport=copy-engine", "no tensors on cpu; leave it at collective"),
     ("output=/proc/outputs", "output=/proc/outputs", "give one that can be made"),
     # what Hydra itself cannot read
     ("latent_frames=[9", "", ""),

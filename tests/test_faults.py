@@ -219,6 +219,21 @@ def test_ranks_die_with_a_parent_that_is_killed(tmp_path: Path, mark: str) -> No
     assert (folder / "records.jsonl").read_bytes() == lines, "nobody appends any more"
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_server_that_ranks_are_forked_from_takes_the_run_down(
+    tmp_path: Path, mark: str, how: signal.Signals
+) -> None:
+    """Ranks are its children: nobody else hears of their end."""
+    run, _ = started(tmp_path, mark)
+    (server,) = (p for p in processes(mark) if p.ppid() == run.pid and "forkserver" in " ".join(p.cmdline()))
+    server.send_signal(how)
+    _, err = run.communicate(timeout=15)
+    assert run.returncode == 1, err
+    assert "died (exit status 255); its log is" in err and "the server that ranks are forked from" in err
+    assert "Traceback" not in err
+    wait_for_none(mark, 5)
+
+
 # ---- shared memory and disks: a mount of its own where this machine lets us ------------------------------------------
 
 
@@ -254,6 +269,25 @@ def test_no_shared_memory_is_left(tmp_path: Path, mark: str, fault: str) -> None
     assert done.returncode == 1
     assert done.stdout == ""
     wait_for_none(mark, 2)
+
+
+@needs_mount
+def test_no_shared_memory_is_left_by_what_is_killed_as_a_whole(tmp_path: Path, mark: str) -> None:
+    """As a job's last signal, or the kernel for want of memory, ends all of its processes at once."""
+    kills = "\n".join(
+        [
+            "import os, signal, subprocess, sys, time",
+            "run = subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)",
+            "time.sleep(8)",
+            "assert run.poll() is None",
+            "os.killpg(run.pid, signal.SIGKILL)",
+        ]
+    )
+    command = ["-c", kills, str(tiny.EXPERIMENTS / "run.py"), *TINY, "bench.iterations=100000"]
+    done = mounted(tmp_path, "mount -t tmpfs none /dev/shm", command, "sleep 1; ls -A /dev/shm", **{MARK: mark})
+    assert done.returncode == 0, (tmp_path / "err").read_text()
+    assert done.stdout == ""
+    wait_for_none(mark, 5)
 
 
 @needs_mount

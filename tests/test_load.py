@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from hcms_lab.ground.config import AboutConfig, BenchConfig, CasesConfig, LayerC
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.load import COLUMNS, committed_folders, config, environment, judged_runs, newest, records, reduced
 from hcms_lab.ground.paths import inside
-from hcms_lab.ground.records import MAX_FILE_BYTES
+from hcms_lab.ground.records import MAX_FILE_BYTES, RecordFile
 from hcms_lab.ground.reduced import reductions
 from hcms_lab.report import style
 from hcms_lab.report.registry import exhibit
@@ -119,6 +123,39 @@ def test_what_lies_beside_records_is_data_too(tmp_path: Path, name: str, text: s
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=message):
         (environment if name == "env.json" else config)(tmp_path)
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+    """A pipe would never end, and a link leads elsewhere."""
+    for name, make in {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda path: path.symlink_to("other")}.items():
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / "records.jsonl")
+        with pytest.raises(UsageError, match=r"is no regular file|is a link"):
+            RecordFile(tmp_path / name / "records.jsonl").read()
+        with pytest.raises(UsageError):
+            records(tmp_path / name)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import matplotlib.pyplot as plt
+from hcms_lab.report import style
+
+fig = plt.figure()
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+try:
+    style.save(fig, "fig", folder=Path(sys.argv[1]))
+except OSError as error:
+    print(error.errno)
+"""
+
+
+def test_a_disk_that_fills_up_leaves_no_half_figure(tmp_path: Path) -> None:
+    """Matplotlib's writers end in an AttributeError of their own there."""
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{errno.EFBIG}\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_records(tmp_path: Path) -> None:

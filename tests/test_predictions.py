@@ -1,4 +1,4 @@
-"""The simulator held to what a GPU measured: profiles of runs whose records are committed, priced as the code is now."""
+"""The simulator held to what a GPU measured: profiles of runs whose records are committed, priced by today's code."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def options(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    from hcms_lab.ground.load import records
+    from hcms_lab.ground.load import records, reduced
     from hcms_lab.report.contribute import place, problems
 
     if not arguments.folder.is_dir():
@@ -40,7 +40,8 @@ def run(arguments: Namespace) -> int:
     if found:
         return 1
     if arguments.check:
-        print(f"fit to publish: {len(records(folder))} records")
+        less = "" if arguments.variant else reduced(folder)
+        print(f"fit to publish: {len(records(folder))} records" + (f", with --variant NAME: {less}" if less else ""))
         return 0
     target = place(folder, variant=arguments.variant, replace=arguments.replace)
     print(f"wrote {os.path.relpath(target)}\nnext: make readme, then commit both and open a pull request")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from hcms_lab.ground.errors import UsageError
@@ -113,8 +114,10 @@ def read_bounded(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
     """A file's content, which others may have written: nothing larger than `limit` is read.
 
     Raises:
-        UsageError: it is larger.
+        UsageError: it is larger, or no file but a folder, a pipe or a device.
     """
+    if not S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+        raise UsageError(f"{path} is no regular file: mend or remove it")
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -196,6 +199,8 @@ _KINDS = {field.name: _kinds(str(field.type)) for field in fields(Record)}
 
 
 def _whole_lines(path: Path) -> bytes:
+    if path.is_symlink():
+        raise UsageError(f"{path} is a link: put the file itself there")
     content = read_bounded(path) if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
 

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic, sleep
@@ -37,6 +37,7 @@ _TEXT = 30_000  # characters of a traceback that fit a pipe that nobody reads ye
 _OTHERS_FAULT = re.compile(
     r"closed by peer|reset by peer|Broken pipe|remote process exited|Timed out|timed out|timeout|Failed to recv", re.I
 )
+_LOST = 255  # what is told of a rank whose server has gone
 _DUMP = signal.SIGUSR1  # makes a rank write where it is into its log
 
 
@@ -130,7 +131,12 @@ def watch(
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_rank, args=(target, rank, str(folder), args, theirs))
             with interrupts_held():
-                process.start()
+                try:
+                    process.start()
+                except (EOFError, OSError) as error:  # of the server that should have forked it
+                    raise RankFailed(
+                        f"rank {rank} could not be started: {str(error) or 'its server is gone'}"
+                    ) from None
                 children.append(_Child(rank, process, ours))
             theirs.close()
         faults = _until_ended(children, poll)
@@ -162,12 +168,29 @@ def _until_ended(children: list[_Child], poll: Callable[[], None]) -> list[Fault
         if left_s <= 0:
             break
         wait([child.process.sentinel for child in running], timeout=min(POLL_S, left_s))
+        _end_a_stopped_server()
         _look(children, faults)
         poll()
         if faults and settled_s is None:
             settled_s = monotonic() + SETTLE_S
     _look(children, faults)
     return list(faults.values())
+
+
+_server_polls_stopped = 0
+
+
+def _end_a_stopped_server() -> None:
+    """Ranks are children of the server that forked them: while that is stopped, nobody hears of their end."""
+    global _server_polls_stopped
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    try:
+        stopped = pid is not None and psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        stopped = False
+    _server_polls_stopped = _server_polls_stopped + 1 if stopped else 0
+    if pid is not None and _server_polls_stopped >= STOPPED_POLLS:
+        os.kill(pid, signal.SIGKILL)  # ranks go with it
 
 
 def _look(children: list[_Child], faults: dict[int, Fault]) -> None:
@@ -201,6 +224,8 @@ def _verdict(faults: list[Fault], silent: list[int], folder: Path, timeout_s: fl
 
 
 def _hint(how: str) -> str:
+    if how == f"exit status {_LOST}":
+        return "; or the server that ranks are forked from did"
     return "; was memory short? The kernel's log says" if how == "SIGKILL" else ""
 
 

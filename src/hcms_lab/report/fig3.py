@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -32,9 +32,10 @@ def fig3(records: pd.DataFrame) -> Figure:
     lengths = sorted(int(s) for s in cases["seq_len"].unique())
     panels = [(base, claim) for base, claim in PANELS if (cases["method"] == base).any()]
     below = [base for base, _ in panels]
+    rows: list[Any] = [["latency"] * len(below), below] if below else [["latency"]]
     with style.use():
         fig, axes = plt.subplot_mosaic(
-            [["latency"] * len(below), below] if below else [["latency"]],
+            rows,
             figsize=style.size("page", 0.78),
             height_ratios=[1.15, 1] if below else None,
         )

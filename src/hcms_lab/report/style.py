@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,10 +119,21 @@ def save(fig: Figure, name: str, *, alt: str = "", folder: Path = OUT / "figures
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
-    with use():  # resolution and font embedding are read when a file is written
-        if vector:
-            fig.savefig(pdf, metadata={"CreationDate": None, "Title": name, "Subject": alt})
-        fig.savefig(png, metadata={"Title": name, "Description": alt})
+    told: dict[str, dict[str, Any]] = {
+        "pdf": {"CreationDate": None, "Title": name, "Subject": alt},
+        "png": {"Title": name, "Description": alt},
+    }
+    written = []
+    with use():  # resolution and font embedding are read when a picture is made
+        for kind in ("pdf", "png") if vector else ("png",):
+            picture = BytesIO()  # a disk that fills up under Matplotlib's writers ends in an error of their own
+            fig.savefig(picture, format=kind, metadata=told[kind])
+            path, whole = folder / f"{name}.{kind}", folder / f".{name}.{kind}"
+            try:
+                whole.write_bytes(picture.getvalue())
+                whole.replace(path)
+            finally:
+                whole.unlink(missing_ok=True)
+            written.append(path)
     plt.close(fig)
-    return [pdf, png] if vector else [png]
+    return written
