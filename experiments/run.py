@@ -41,7 +41,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CONF = ROOT / "conf"
 CHECK = "--check"
-SHARED = "shared"  # the link over which several ranks share a card
 ABOUT_HYDRA = ("--version", "--hydra-help", "--info", "-i", "--shell-completion", "-sc")
 HYDRAS = (*ABOUT_HYDRA, "--cfg", "-c", "--package", "-p", "--resolve", "--multirun", "-m")
 USED_MOST = {
@@ -188,8 +187,15 @@ def with_gpus(overrides: list[str]) -> list[str]:
         return overrides
     has_one = any(o.lstrip("+~").startswith("workload=") for o in overrides)
     full_size = [] if has_one or not hasattr(plain, "workload") else ["workload=wan720p"]
-    shared = plain.on_shared if f"link.kind={SHARED}" in overrides else []
+    kinds = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("link.kind=")]
+    shared = plain.on_shared if kinds and is_one_card(kinds[-1]) else []
     return [*plain.on_gpus, *shared, *overrides, *full_size]
+
+
+def is_one_card(link: str) -> bool:
+    from hcms.links import links
+
+    return link in links() and links()[link].one_card
 
 
 def refuse(error: UsageError) -> NoReturn:
@@ -224,8 +230,9 @@ def own_settings(config: BaseConfig) -> Any:
     outer = GlobalHydra.instance().hydra
     try:
         exp = HydraConfig.get().runtime.choices["exp"]
-        shared = [f"link.kind={SHARED}"] if getattr(getattr(config, "link", None), "kind", None) == SHARED else []
-        return composed(with_gpus([f"+exp={exp}", f"device={config.device}", *shared]))
+        link = getattr(config, "link", None)
+        over = [f"link.kind={link.kind}"] if link is not None and is_one_card(link.kind) else []
+        return composed(with_gpus([f"+exp={exp}", f"device={config.device}", *over]))
     finally:
         GlobalHydra.instance().hydra = outer
 

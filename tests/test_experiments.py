@@ -79,6 +79,11 @@ def test_validates_where_ranks_share_a_card(run: ModuleType, monkeypatch: pytest
         wanted = {entry.partition("=")[0] for entry in cfg.on_shared}
         assert reductions(cfg, run.composed(run.with_gpus([f"+exp={name}", "link.kind=shared"]))) == []
         assert wanted <= {"latent_frames", "kernels", "methods", "ranks", "workload.dtype"}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="torchrun starts no daemon"):
+        run.script(cfg.kind).grid(cfg)
+    monkeypatch.delenv("RANK")
     with pytest.raises(UsageError, match="8 ranks at most share a card"):
         run.script(cfg.kind).grid(run.composed(run.with_gpus([f"+exp={name}", "link.kind=shared", "ranks=16"])))
 

@@ -135,7 +135,7 @@ class SequenceParallelAttention:
 
     def __call__(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor) -> Tensor:
         layer = self.layer(q_BLNH, k_BLNH, v_BLNH)
-        self.schedule, self.replayed = layer.schedule, False
+        self.schedule, self.replayed, self.timeline = layer.schedule, False, None
         out_BLNH = torch.empty(q_BLNH.shape, dtype=q_BLNH.dtype, device=q_BLNH.device)
         if self.graph == "auto" and q_BLNH.is_cuda and not (self.record_timeline or self._captured_by_caller()):
             self.replayed = layer.replay(self._call, q_BLNH, k_BLNH, v_BLNH, out_BLNH)
@@ -354,6 +354,8 @@ class SequenceParallelAttention:
         backend = _backend(self.group, device.type)
         if device.type not in self._transport.devices:
             raise ValueError(f"transport={self._transport.name!r} carries no tensors on {device}")
+        if backend == ghost.NAME and not self._transport.collectives:
+            raise ValueError(f"transport={self._transport.name!r}: a ghost's peers have no memory to write to")
         if device.type == "cuda":
             lanes = self._method.lanes
             if self.plan == "auto" and self._method.cuts:

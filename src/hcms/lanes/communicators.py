@@ -10,6 +10,7 @@ others must take part in: the name is the group's own and the lane's, and member
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
 from __future__ import annotations
 
+from collections import Counter
 from weakref import WeakKeyDictionary, finalize
 
 import torch
@@ -19,6 +20,7 @@ from hcms.lanes.graph import release_all
 
 _CUDA = torch.device("cuda")
 _ends: WeakKeyDictionary[dist.ProcessGroup, finalize] = WeakKeyDictionary()
+_times: Counter[str] = Counter()
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[str, dist.ProcessGroup]] = WeakKeyDictionary()
 
 
@@ -39,9 +41,9 @@ def communicator(group: dist.ProcessGroup, lane: str) -> dist.ProcessGroup:
 
 def close(group: dist.ProcessGroup) -> None:
     """End what was made for a group, and every captured graph of the process; objects over it are not called again."""
+    _made.pop(group, None)
     if group in _ends:
         _ends.pop(group)()
-        _made.pop(group)
 
 
 def _end(lanes: dict[str, dist.ProcessGroup]) -> None:
@@ -58,6 +60,8 @@ def _ranks_of_groups() -> dict[dist.ProcessGroup, dict[int, int]]:
 
 def _make(group: dist.ProcessGroup, lane: str) -> dist.ProcessGroup:
     name = f"hcms/{group.group_name}/{lane}"
+    _times[name] += 1  # the same on all members: one that is made again must not meet at the old one's place
+    name = f"{name}/{_times[name]}"
     store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
     ranks = dist.get_process_group_ranks(group)
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)

@@ -19,7 +19,6 @@ Call = Callable[[Tensor, Tensor, Tensor, Tensor], object]  # q_BLNH, k_BLNH, v_B
 BY_ADDRESS = 8  # graphs by address that are kept, the oldest go
 SEEN_ONCE = 64  # addresses that are remembered from a single call
 
-
 _alive: WeakSet[CallGraphs] = WeakSet()
 
 
@@ -35,7 +34,6 @@ class CallGraphs:
     Streams: a replay runs on the caller's current stream, as the call itself would. Capturing waits for the device
     once. Memory: graphs share one pool, in which nothing outlives a replay. A graph by address holds none of the
     caller's tensors: they are there again, or it is not replayed.
-
     """
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ LINK = Link(
         "NCCL_MULTI_RANK_GPU_ENABLE": "1",
         "NCCL_P2P_DISABLE": "1",  # through the host's memory: the card's own would be no link at all
         "NCCL_NVLS_ENABLE": "0",
-        "NCCL_MAX_CTAS": "4",  # the SMs that are left must hold every rank's kernels at once, or they wait forever
+        "NCCL_MAX_CTAS": "4",  # few blocks: ranks' kernels wait for each other, so all of them must find SMs at once
         "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
     },
 )

@@ -90,7 +90,7 @@ class WorkloadCosts:
     Args:
         graph: calls are replayed as CUDA graphs: the host issues nothing by itself.
         sustained: calls follow each other, as in a model's layers, so that a GPU's power limit may set its clock.
-        slowdown: what attention takes of it, over what the profile says (`predict` finds it for sustained calls).
+        clock_slowdown: attention's time over the profile's, by the clock (`predict` finds it for sustained calls).
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class WorkloadCosts:
         *,
         graph: bool = False,
         sustained: bool = False,
-        slowdown: float = 1.0,
+        clock_slowdown: float = 1.0,
     ) -> None:
         self.profile = profile
         self.workload = workload
-        self.graph, self.sustained, self.slowdown = graph, sustained, slowdown
+        self.graph, self.sustained, self.clock_slowdown = graph, sustained, clock_slowdown
         self._known: dict[tuple[Any, ...], OpCost] = {}
 
     @property
@@ -122,8 +122,13 @@ class WorkloadCosts:
         without a pause, the slowdown grows to what a block of nothing else shows.
         """
         hot = max(0.0, min(1.0, duty) - COOL_DUTY) / (1 - COOL_DUTY)
-        slowdown = 1 + (self.profile.sustained_slowdown - 1) * hot
-        return WorkloadCosts(self.profile, self.workload, graph=self.graph, sustained=self.sustained, slowdown=slowdown)
+        return WorkloadCosts(
+            self.profile,
+            self.workload,
+            graph=self.graph,
+            sustained=self.sustained,
+            clock_slowdown=1 + (self.profile.sustained_slowdown - 1) * hot,
+        )
 
     def op_cost(self, op: Op, schedule: Schedule) -> OpCost:
         """Price one operation of `schedule`, whose cut adds up to this workload's M (or which is a ring)."""
@@ -143,7 +148,7 @@ class WorkloadCosts:
     def attention_ms(self) -> float:
         """Attention of all M heads in one call."""
         w = self.workload
-        return self.slowdown * self.profile.attention_ms(w.seq_len, w.heads_a_rank, w.batch)
+        return self.clock_slowdown * self.profile.attention_ms(w.seq_len, w.heads_a_rank, w.batch)
 
     @cached_property
     def comm_ms(self) -> float:
@@ -182,7 +187,7 @@ class WorkloadCosts:
     def _chunk_cost(self, op: Op, heads: int, *, apart: bool = False) -> OpCost:
         p, w = self.profile, self.workload
         if op.kind == "attend":
-            attend_ms = self.slowdown * p.attention_ms(w.seq_len, heads, w.batch, parts=op.part[1])
+            attend_ms = self.clock_slowdown * p.attention_ms(w.seq_len, heads, w.batch, parts=op.part[1])
             # On a CPU the call was measured with the host's part in it.
             return OpCost(attend_ms, 0.0 if self.host_computes else self._host_ms)
         if w.ranks == 1 and not apart:
@@ -268,7 +273,7 @@ class WorkloadCosts:
         local_tokens = w.seq_len // w.ranks
         elements = w.batch * local_tokens * w.heads * w.head_dim
         if op.kind == "attend":
-            attend_ms = self.slowdown * p.attention_ms(local_tokens, w.heads, w.batch) * p.lse_slowdown
+            attend_ms = self.clock_slowdown * p.attention_ms(local_tokens, w.heads, w.batch) * p.lse_slowdown
             merge_ms = elements * 4 / 1e9 * p.merge_ms_per_gb
             return OpCost(attend_ms + merge_ms, 0.0 if self.host_computes else self._host_ms)
         wire_ms = p.rotate_ms(self._ring_bytes, w.ranks)

@@ -1,4 +1,4 @@
-"""Exchanges by copy engine: every rank writes rows of heads straight into its peers' memory. No SM takes part.
+"""Exchanges by copy engine: every rank writes rows of heads straight into its peers' memory, and no SM sends them.
 
 Peers' receive buffers are symmetric memory, mapped into every rank. A chunk's rows go from where they lie in q, k and v
 (a pitch of N·H elements) to where the peer's kernel reads them, a 2D copy a tensor and peer; results go back as they
@@ -15,19 +15,25 @@ replays them, and one rank may replay a graph where another issues a call:
 - *returned*, one a part of a chunk's output: as much for unpacking.
 
 Who waits takes the word down again. The next one to raise it has waited for `free` since, which was raised behind that.
+(`send_back` by itself, as calibration calls it, must not come again before its peers have taken the word down.)
+
+Waits have no timeout: a rank that fails in a call leaves its peers' streams waiting, and its words raised. Lanes need
+hardware queues of their own (`CUDA_DEVICE_MAX_CONNECTIONS=32` before CUDA starts), or one's wait holds up another's
+work. Tried between processes on one card, where no write is remote; between cards a wait may have to flush remote
+writes as well (`CU_STREAM_WAIT_VALUE_FLUSH`).
 """
 
 # cuda-bindings and symmetric memory come without stubs.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hcms.hardware import this_host
 from hcms.objects import everyones
 from hcms.schedule.schedule import Schedule
 from hcms.transport import Transport
@@ -154,7 +160,7 @@ class _Peers:
         else:
             self._driver, self._runtime = driver, runtime
         self._agree(missing)
-        hosts = set(everyones(_host(), group))
+        hosts = set(everyones(this_host(), group))
         self._agree(f"ranks are on {len(hosts)} hosts" if len(hosts) > 1 else None)
 
     def _agree(self, refusal: str | None) -> None:
@@ -170,6 +176,10 @@ class _Peers:
         refusal = None
         try:
             made = symmetric.empty(count, dtype=dtype, device=self._device)
+        except RuntimeError as error:  # out of memory, say: before the others wait for this rank
+            refusal = str(error).strip().splitlines()[0]
+        self._agree(refusal)
+        try:
             handle = symmetric.rendezvous(made, self._group)
             addresses = [handle.get_buffer(r, (1,), dtype).data_ptr() for r in range(self._ranks)]
         except RuntimeError as error:
@@ -237,14 +247,9 @@ def _done(answer: Any) -> None:
         raise RuntimeError(f"transport={NAME!r}: {code.name}")
 
 
-def _host() -> str:
-    """What tells hosts apart."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
 TRANSPORT = Transport(
     NAME,
-    "copy engines write rows into peers' symmetric memory; no SM, no packing",
+    "copy engines write rows into peers' symmetric memory, without packing",
     ("cuda",),
     False,
     CopyEngineExchange,

@@ -34,8 +34,9 @@ def run(arguments: Namespace) -> int:
         newest = figure.newest()
         drawn = figure.save(figure.of(newest))
         runs = {link: folder for link, folder in by_link(name).items() if link in LINKS}
-        for link, folder in runs.items() if newest in runs.values() else ():
-            if folder != newest and link in figure.beside:
+        has_link = newest in runs.values()
+        for link, folder in runs.items():
+            if has_link and folder != newest and link in figure.beside:
                 shown = figure.of(folder)
                 drawn += style.save(shown, f"{name}-{link}", alt=shown.get_label(), vector=False)
         for path in drawn:

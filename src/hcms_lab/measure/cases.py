@@ -93,6 +93,8 @@ def link_of(cfg: Config) -> str:
         other = "; or give device=cpu" if device == "cuda" else ""
         raise UsageError(f"link.kind={kind}: it does not connect {device}; choose one of {able}{other}")
     if links()[kind].one_card:
+        if started_ranks():
+            raise UsageError(f"link.kind={kind}: torchrun starts no daemon for ranks that share a card; run without it")
         check_one_card()
     return kind
 

@@ -97,7 +97,7 @@ def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
         import torch
 
         facts["cuda"] = torch.version.cuda
-        facts["nccl"] = ".".join(map(str, nccl_version(os.environ.get(NCCL) if link == "shared" else None)))
+        facts["nccl"] = ".".join(map(str, nccl_version(os.environ.get(NCCL) if _is_one_card(link) else None)))
         facts["driver"] = _driver()
     return facts
 
@@ -107,6 +107,12 @@ def _variables_of(link: str) -> Mapping[str, str]:
     from hcms.links import links
 
     return links()[link].environment if link in links() else {}
+
+
+def _is_one_card(link: str) -> bool:
+    from hcms.links import links
+
+    return link in links() and links()[link].one_card
 
 
 def _driver() -> str | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hcms.hardware import this_host
 from hcms.lanes import communicators
 from hcms.links import links
 from hcms_lab.ground.errors import UsageError
@@ -164,24 +163,15 @@ def _be_a_rank(
         torch.set_num_threads(1)  # ranks share the host's cores: each stands for one device
     control = links()[link].start(rank, ranks, place, timedelta(seconds=timeout_s), store)
     if link == "emulated":
-        check_one_clock(control, _host())
+        check_one_clock(control, this_host())
     fn(Rank(rank, ranks, place, control, processes=processes_of(link, ranks)), *args)
     if device == "cuda":
-        gc.collect()  # graphs that hold exchanges go before what carries them
         for group in (dist.group.WORLD, control):
             assert group is not None
             communicators.close(group)
     # Not in a `finally`: a rank that fails should be seen to die first, before its peers notice closed connections.
     dist.barrier(control)
     dist.destroy_process_group()
-
-
-def _host() -> str:
-    """What tells hosts apart that may bear one name; containers of one host share its clock, and this."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()
 
 
 def check_one_clock(control: dist.ProcessGroup, host: str) -> None:

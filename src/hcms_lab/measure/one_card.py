@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ NCCL = "HCMS_NCCL"  # the variable that names a libnccl.so.2 to be used in place
 LEAST_NCCL = (2, 30, 0)
 SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 _DAEMON = "nvidia-cuda-mps-control"
+_ENDS_IN_S = 20.0
 # A shell keeps the daemon until its input ends, with this process or before; then the daemon and its folder go.
 _KEEP = """mkdir "$1/pipe" "$1/log" && "$0" -d && echo up && cat
 echo quit -t 5 | "$0"
@@ -95,8 +97,15 @@ def one_card(ranks: int) -> Iterator[Mapping[str, str]]:
         else:
             why = " ".join("".join(said).split()) or "it says nothing"
             raise UsageError(f"link.kind=shared: {_DAEMON} does not start: {why:.200}")
-        preload = {"LD_PRELOAD": os.environ[NCCL]} if NCCL in os.environ else {}
+        preload = {}
+        if NCCL in os.environ:
+            preload["LD_PRELOAD"] = " ".join(filter(None, [os.environ[NCCL], os.environ.get("LD_PRELOAD")]))
         yield {**own, SHARE: os.environ.get(SHARE, str(90 // ranks)), **preload}
     finally:
         keeper.stdin.close()
-        keeper.wait()
+        try:
+            keeper.wait(_ENDS_IN_S)
+        except subprocess.TimeoutExpired:  # the daemon gives no answer: results are not to wait for it
+            os.killpg(keeper.pid, signal.SIGKILL)
+            keeper.wait()
+        keeper.stdout.close()
