@@ -81,8 +81,12 @@ def _colours() -> tuple[str, str]:
 
 
 def measured_rows(records: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row a hardware, link and rank count: gain with its interval at the shortest and the longest sequence."""
+    """A row a hardware, link and rank count: gain with its interval at the shortest and the longest sequence.
+
+    Of the kernel that was measured first there.
+    """
     best = gains(records, BASELINES)
+    best = best[best["kernel"] == best.groupby(["hardware", "link"])["kernel"].transform("first")]
     rows = []
     for (hardware, link, _, _), cases in best.groupby(["hardware", "link", "world_size", "heads"]):
         ordered = cases.sort_values("seq_len")
