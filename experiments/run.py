@@ -35,6 +35,7 @@ from hcms_lab.ground.config import AXES, WANDB_MODES, BaseConfig
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.experiments import Experiment, experiment, experiments, names
 from hcms_lab.measure.cases import device_of
+from hcms_lab.measure.one_card import is_one_card
 from hcms_lab.measure.stop import Stopped, stoppable
 
 HERE = Path(__file__).resolve().parent
@@ -190,12 +191,6 @@ def with_gpus(overrides: list[str]) -> list[str]:
     kinds = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("link.kind=")]
     shared = plain.on_shared if kinds and is_one_card(kinds[-1]) else []
     return [*plain.on_gpus, *shared, *overrides, *full_size]
-
-
-def is_one_card(link: str) -> bool:
-    from hcms.links import links
-
-    return link in links() and links()[link].one_card
 
 
 def refuse(error: UsageError) -> NoReturn:

@@ -70,7 +70,6 @@ class CopyEngineExchange(HeadExchange):
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         super().__init__(schedule, ranks, shape, dtype, device, rank=rank, **options)
         self._inputs_BLNH: dict[str, Tensor] = {}
-        self._rows: list[Tensor] = []
         messages = [
             (c, *key) for c, chunk in enumerate(self._chunks) for key in chunk.messages if key[0] != _BEFORE_QUERIES
         ]

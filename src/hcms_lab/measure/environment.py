@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hcms.hardware import Hardware
-from hcms_lab.measure.one_card import NCCL, nccl_version
+from hcms_lab.measure.one_card import NCCL, is_one_card, nccl_version
 
 VARIABLES = (
     "CUDA_DEVICE_MAX_CONNECTIONS",
@@ -97,7 +97,7 @@ def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
         import torch
 
         facts["cuda"] = torch.version.cuda
-        facts["nccl"] = ".".join(map(str, nccl_version(os.environ.get(NCCL) if _is_one_card(link) else None)))
+        facts["nccl"] = ".".join(map(str, nccl_version(os.environ.get(NCCL) if is_one_card(link) else None)))
         facts["driver"] = _driver()
     return facts
 
@@ -107,12 +107,6 @@ def _variables_of(link: str) -> Mapping[str, str]:
     from hcms.links import links
 
     return links()[link].environment if link in links() else {}
-
-
-def _is_one_card(link: str) -> bool:
-    from hcms.links import links
-
-    return link in links() and links()[link].one_card
 
 
 def _driver() -> str | None:

@@ -29,6 +29,13 @@ _VERSION = (
 )
 
 
+def is_one_card(link: str) -> bool:
+    """Whether ranks over a link of that name share a card; False of a name that is none. Imports torch."""
+    from hcms.links import links
+
+    return link in links() and links()[link].one_card
+
+
 @cache
 def nccl_version(library: str | None) -> tuple[int, ...]:
     """The version of an NCCL library, asked in a process of its own; of torch's where none is named.
