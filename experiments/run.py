@@ -177,7 +177,7 @@ def check(module: ModuleType, cfg: BaseConfig, exp: str) -> None:
 def with_gpus(overrides: list[str]) -> list[str]:
     """Where GPUs are visible, or asked for: full size unless a workload is named, the experiment's `on_gpus` first.
 
-    Where ranks share one card, `on_shared` comes after that.
+    Where a link is named, `on_link` comes after that.
 
     `device=cuda` asks for them from a host that has none, for jobs that run elsewhere.
     """
@@ -189,8 +189,8 @@ def with_gpus(overrides: list[str]) -> list[str]:
     has_one = any(o.lstrip("+~").startswith("workload=") for o in overrides)
     full_size = [] if has_one or not hasattr(plain, "workload") else ["workload=wan720p"]
     kinds = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("link.kind=")]
-    shared = plain.on_shared if kinds and is_one_card(kinds[-1]) else []
-    return [*plain.on_gpus, *shared, *overrides, *full_size]
+    of_link = plain.on_link.get(kinds[-1], []) if kinds else []
+    return [*plain.on_gpus, *of_link, *overrides, *full_size]
 
 
 def refuse(error: UsageError) -> NoReturn:

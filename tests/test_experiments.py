@@ -68,15 +68,15 @@ def test_validates_where_there_are_gpus(run: ModuleType, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", OF_LAYERS)
 def test_validates_where_ranks_share_a_card(run: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """On one card, two ranks unless more are asked for; `on_shared` is what the experiment is there, and no less."""
+    """On one card, two ranks unless more are asked for; `on_link` is what the experiment is there, and no less."""
     pretend_gpus(monkeypatch, 1)
     monkeypatch.setattr("hcms_lab.measure.cases.check_one_card", lambda: None)
     cfg = run.composed(run.with_gpus([f"+exp={name}", "link.kind=shared"]))
     grid = run.script(cfg.kind).grid(cfg)
     assert {run.script(cfg.kind).link_of(cfg)} == {"shared"}
-    if cfg.on_shared:
+    if of_link := cfg.on_link.get("shared", []):
         assert {p.ranks for p in grid} == {2}
-        wanted = {entry.partition("=")[0] for entry in cfg.on_shared}
+        wanted = {entry.partition("=")[0] for entry in of_link}
         assert reductions(cfg, run.composed(run.with_gpus([f"+exp={name}", "link.kind=shared"]))) == []
         assert wanted <= {"latent_frames", "kernels", "methods", "ranks", "workload.dtype"}
     monkeypatch.setenv("RANK", "0")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -17,16 +16,18 @@ from torch import Tensor
 
 from hcms.agree import agree, given_by_first
 from hcms.calibrate import calibrate
+from hcms.ending import let_go_at_exit
 from hcms.hardware import hardware
-from hcms.kernels import Kernel, kernel, rows_stand_alone
+from hcms.kernels import Kernel, kernel
 from hcms.lanes import Lanes
 from hcms.lanes.communicators import communicator
 from hcms.lanes.cpu import CpuLanes
 from hcms.lanes.cuda import CudaLanes
 from hcms.lanes.graph import CallGraphs
-from hcms.links import emulated, ghost
+from hcms.lanes.own_sms import divides
+from hcms.links import emulated, ghost, shared
 from hcms.methods import METHODS, build_schedule, method
-from hcms.objects import firsts
+from hcms.objects import everyones, firsts
 from hcms.programs.ring import RingProgram
 from hcms.programs.ulysses import UlyssesProgram
 from hcms.race import MARGIN, race
@@ -37,6 +38,7 @@ from hcms.schedule.profile import Profile, load
 from hcms.schedule.schedule import COMM, COMM_OUT, COMPUTE, First, Schedule
 from hcms.schedule.timeline import Timeline
 from hcms.shortlist import BASELINES, shortlist
+from hcms.thin_ends import refuse_uneven_bits
 from hcms.transport import COLLECTIVE, transport
 from hcms.transport.layout import LayerShape
 
@@ -76,9 +78,9 @@ class SequenceParallelAttention:
         group: the ranks (Gloo, NCCL or "emulated"); the default group if None. On NCCL the lanes of overlapping methods
             have communicators of their own, which all objects over a group share.
         method: a name of the table `hcms.methods.METHODS`.
-        plan: how a rank's M = N/P heads are cut: `"1-3-1"`, `"even:2"`, `"1x2-3-1x2"` (ends in parts), or `"auto"`,
-            which chooses cut and order, or Ulysses where they do not pay, by the profile (rank 0's word). Ignored by
-            methods that cut nothing.
+        plan: how a rank's M = N/P heads are cut: `"1-3-1"`, `"even:2"`, `"1x2-3-1x2"` (ends in parts), `"1-3-1+sms8"`
+            (8 SMs of a GPU kept for communication), or `"auto"`, which chooses cut and order, or Ulysses where they
+            do not pay, by the profile (rank 0's word). Ignored by methods that cut nothing.
         kernel: a name from `hcms.kernels.KERNELS`.
         prefetch, first: see `two_lane`.
         profile: for `plan="auto"`, a profile or its path; measured on the first call of a shape if None.
@@ -110,6 +112,7 @@ class SequenceParallelAttention:
         record_timeline: bool = False,
     ) -> None:
         self.group = group if group is not None else _default_group()
+        let_go_at_exit(self)
         self.ranks = dist.get_world_size(self.group)
         self._method = _method(method)
         self.method, self.plan = method, plan
@@ -221,10 +224,12 @@ class SequenceParallelAttention:
         return self._build(schedule, shape, dtype, device)
 
     def _build(self, schedule: Schedule, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> _Layer:
+        assert self._lanes is not None
+        self._lanes.prepare(schedule)
         if schedule.name == "ring":
             rank = dist.get_rank(self.group)
             return _Layer(schedule, RingProgram(self.ranks, rank, shape, dtype, device, self.kernel))
-        self._refuse_uneven_bits(schedule, shape, dtype, device)
+        refuse_uneven_bits(self.kernel, schedule, self.ranks, shape, dtype, device)
         exchange = self._transport.make(
             self.group,
             schedule,
@@ -236,31 +241,6 @@ class SequenceParallelAttention:
             own_apart=schedule.copies_apart and device.type != "cpu",
         )
         return _Layer(schedule, UlyssesProgram(exchange, self.kernel))
-
-    def _refuse_uneven_bits(
-        self, schedule: Schedule, shape: LayerShape, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Thin ends split a chunk's rows: refuse where this kernel would give them other bits, on all ranks alike."""
-        L, P, H = shape.local_tokens, self.ranks, shape.head_dim
-        generator = torch.Generator(device).manual_seed(0)
-        for m, parts in set(zip(schedule.cut, schedule.parts, strict=True)):
-            if parts == 1 or parts > L:
-                continue
-            size = (shape.batch, P * L, m, H)
-            token = torch.arange(P * L, device=device) % L  # a token's place among its rank's
-            rows = [((L * i // parts <= token) & (token < L * (i + 1) // parts)).nonzero()[:, 0] for i in range(parts)]
-
-            def drawn(size: tuple[int, ...] = size) -> Iterator[Tensor]:
-                for _ in "qkv":
-                    yield torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
-
-            # A rounding that differs shows in few elements of half precision: small layers are drawn more often.
-            draws = max(1, _ELEMENTS_TRIED // math.prod(size))
-            if not all(rows_stand_alone(self.kernel, list(drawn()), rows) for _ in range(draws)):
-                raise ValueError(
-                    f"kernel {self.kernel.name!r} rounds rows of a chunk of {m} heads otherwise in {parts} parts than "
-                    f"in one, at {P * L} tokens: results would not be Ulysses' bit for bit; choose a cut without parts"
-                )
 
     def _choose(self, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> _Layer:
         """What suits this shape, on the given profile or on one measured now; rank 0's word. Collective.
@@ -323,6 +303,9 @@ class SequenceParallelAttention:
     def _raced(self, costs: WorkloadCosts, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> _Layer:
         """The fastest of the shortlist, timed on these ranks as it will be called; the others' buffers are freed."""
         setting = Setting(self.ranks)
+        if costs.holds_sms and costs.wire_needs_sms:  # exchanges would wait for attention's end
+            able = everyones(divides(device, _COMM_SMS[0], shared.place_on_card(self.group)), self.group)
+            setting = Setting(self.ranks, comm_sms=_COMM_SMS if all(able) else ())
         plans = firsts(shortlist(costs, shape.heads // self.ranks, setting, [self.method]), self.group)
         size = (shape.batch, shape.local_tokens, shape.heads, shape.head_dim)
         q, k, v = (torch.randn(size, device=device, dtype=torch.float32).to(dtype) for _ in "qkv")
@@ -357,17 +340,17 @@ class SequenceParallelAttention:
         if backend == ghost.NAME and not self._transport.collectives:
             raise ValueError(f"transport={self._transport.name!r}: a ghost's peers have no memory to write to")
         if device.type == "cuda":
-            lanes = self._method.lanes
+            lanes, place = self._method.lanes, shared.place_on_card(self.group)
             if self.plan == "auto" and self._method.cuts:
                 lanes = (COMM, COMM_OUT)  # whatever is chosen, for this shape or the next
             # Without communicators each lane's works go on the lane's own stream.
             if backend == ghost.NAME or not self._transport.collectives:
-                return CudaLanes(device, self.group, dict.fromkeys(lanes, self.group))
+                return CudaLanes(device, self.group, dict.fromkeys(lanes, self.group), place)
             if backend != "nccl":
                 raise RuntimeError(f"tensors on {device} need an NCCL group, this one is {backend!r}")
             # The compute lane has its own, too: graphs that replay exchanges must go before the communicator does.
             own = {lane: communicator(self.group, lane) for lane in (COMPUTE, *lanes)}
-            return CudaLanes(device, own.pop(COMPUTE), own)
+            return CudaLanes(device, own.pop(COMPUTE), own, place)
         if self._method.overlaps and backend not in ("gloo", emulated.NAME):
             raise RuntimeError(f"{self.method} overlaps on gloo, {emulated.NAME} and nccl groups, not on {backend!r}")
         if backend == emulated.NAME:
@@ -375,7 +358,7 @@ class SequenceParallelAttention:
         return CpuLanes(self.group, {})
 
 
-_ELEMENTS_TRIED = 1 << 17
+_COMM_SMS = (8, 16)  # what an automatic plan may keep for communication
 _WARM_CALLS = 3  # of a plan before it is timed: an eager one, its capture, a replay
 _kernel, _method, _transport = kernel, method, transport  # the class's arguments of these names hide the functions
 

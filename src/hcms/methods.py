@@ -29,7 +29,8 @@ class Method:
         colour, marker, dashed: how figures draw it; colours are those of Okabe and Ito (2008).
         build: `(plan, setting) -> Schedule`.
         cuts: whether it cuts a rank's heads into chunks, so that a plan's cut means something.
-        thins: whether it can split the ends of a cut into parts, and attend on two lanes.
+        thins: whether it can split the ends of a cut into parts, attend on two lanes, and keep SMs for communication:
+            its copies are the compute lane's.
         lanes: the lanes besides the compute lane that its schedules may use.
         program: what carries out its operations, `ulysses` (heads are exchanged) or `ring` (K and V go round).
         needs_lse: whether the kernel must give its log-sum-exp.
@@ -91,9 +92,10 @@ def shape_for(chosen: Method, cut: str | int, heads_a_rank: int) -> Shape:
     if not chosen.cuts:
         return Shape((heads_a_rank,))
     shape = parse_shape(cut, heads_a_rank)
-    if not chosen.thins and (max(shape.ends) > 1 or shape.fill):
+    if not chosen.thins and (max(shape.ends) > 1 or shape.fill or shape.comm_sms):
         able = ", ".join(m.name for m in METHODS.values() if m.thins)
-        raise ValueError(f"cut {str(cut)!r}: {chosen.name} splits no ends and fills no tails; {able} does")
+        what = "splits no ends, fills no tails and keeps no SMs"
+        raise ValueError(f"cut {str(cut)!r}: {chosen.name} {what}; {able} does")
     return shape
 
 
@@ -107,7 +109,8 @@ def build_schedule(
     """
     chosen = method(name)
     shape = shape_for(chosen, cut, heads_a_rank)
-    return chosen.build(Plan(name, shape.cut, ends=shape.ends, fill=shape.fill, **order), Setting(ranks, on_host))  # pyright: ignore[reportArgumentType]
+    plan = Plan(name, shape.cut, ends=shape.ends, fill=shape.fill, comm_sms=shape.comm_sms, **order)  # pyright: ignore[reportArgumentType]
+    return chosen.build(plan, Setting(ranks, on_host))
 
 
 register(
@@ -173,7 +176,9 @@ register(
         "head chunks whose communication lanes need no SM, with thin ends",
         "#882255",
         "*",
-        lambda plan, setting: zero(plan.cut, ends=plan.ends, fill=plan.fill, on_host=setting.on_host),
+        lambda plan, setting: zero(
+            plan.cut, ends=plan.ends, fill=plan.fill, comm_sms=plan.comm_sms, on_host=setting.on_host
+        ),
         cuts=True,
         thins=True,
         lanes=(COMM, COMM_OUT),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import product
 
 from hcms.methods import METHODS
 from hcms.schedule.cost import predict
@@ -27,7 +28,7 @@ def shortlist(
     whole = (heads_a_rank,)
     fastest: dict[Cut, tuple[float, Plan]] = {}
     for name in methods:
-        for plan in _plans(name, heads_a_rank):
+        for plan in _plans(name, heads_a_rank, setting.comm_sms):
             ms = predict(METHODS[name].build(plan, setting), costs).duration_ms
             if plan.cut not in fastest or ms < fastest[plan.cut][0]:
                 fastest[plan.cut] = (ms, plan)
@@ -41,12 +42,13 @@ def shortlist(
     return [*(Plan(name, whole) for name in BASELINES), *chunked]
 
 
-def _plans(name: str, heads: int) -> Iterator[Plan]:
-    """The plans of a method that are tried: even and tapered cuts, thin ends and two lanes where it has them."""
+def _plans(name: str, heads: int, comm_sms: tuple[int, ...] = ()) -> Iterator[Plan]:
+    """The plans of a method that are tried: even and tapered cuts; where it has them thin ends, two lanes and SMs kept
+    for communication."""
     for cut in usual_cuts(heads, _MOST_CHUNKS):
         if not METHODS[name].thins:
             yield Plan(name, cut)
             continue
-        for parts in _PARTS:
+        for parts, sms in product(_PARTS, (0, *comm_sms)):
             for fill in (False, True) if len(cut) > 1 or parts > 1 else (False,):
-                yield Plan(name, cut, ends=(parts, parts), fill=fill)
+                yield Plan(name, cut, ends=(parts, parts), fill=fill, comm_sms=sms)

@@ -27,6 +27,9 @@ class Program(Protocol):
 
 
 class Lanes(Protocol):
-    """Runs schedules. `run` returns the measured Timeline if asked to record one."""
+    """Runs schedules. `prepare` makes what one needs, or says why it cannot run here; `run` returns the measured
+    Timeline if asked to record one."""
+
+    def prepare(self, schedule: Schedule) -> None: ...
 
     def run(self, schedule: Schedule, program: Program, *, record: bool = False) -> Timeline | None: ...

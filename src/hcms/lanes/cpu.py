@@ -37,6 +37,15 @@ class CpuLanes:
         self._groups = groups
         self._completed_s = completed_s
 
+    def prepare(self, schedule: Schedule) -> None:
+        """Refuse a schedule that keeps SMs for communication: a CPU has none.
+
+        Raises:
+            ValueError: such a schedule.
+        """
+        if schedule.comm_sms:
+            raise ValueError(f"+sms{schedule.comm_sms}: a CPU has no SMs to keep for communication; leave it out")
+
     def run(self, schedule: Schedule, program: Program, *, record: bool = False) -> Timeline | None:
         works: list[dist.Work | None] = []
         begins_s: list[float] = []

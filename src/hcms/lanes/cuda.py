@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from hcms.lanes import Program
+from hcms.lanes.own_sms import own_sms
 from hcms.schedule.schedule import COMPUTE, COMPUTE_2, Schedule
 from hcms.schedule.timeline import Span, Timeline
 
@@ -25,7 +26,8 @@ def side_stream(device: torch.device, lane: str) -> torch.cuda.Stream:
 
 class CudaLanes:
     """Lanes on a GPU: attention on the caller's current stream (and one more, where a schedule asks for it), each
-    communication lane a high-priority side stream.
+    communication lane a high-priority side stream. Where a schedule keeps SMs for communication, all lanes are side
+    streams, on the two parts of a divided card (`hcms.lanes.own_sms`).
 
     Streams are one set a device, shared with every other object's lanes, which `start` orders; events belong to this
     object and are reused by every call. No call synchronises the host
@@ -37,10 +39,17 @@ class CudaLanes:
         device: the device of all tensors.
         group: the NCCL group for communication on the compute lane (serial schedules).
         groups: the NCCL group of each communication lane.
+        place: `(i, n)`: this rank is the i-th of n that share the card.
     """
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup, groups: dict[str, dist.ProcessGroup]) -> None:
-        self._device = device
+    def __init__(
+        self,
+        device: torch.device,
+        group: dist.ProcessGroup,
+        groups: dict[str, dist.ProcessGroup],
+        place: tuple[int, int] = (0, 1),
+    ) -> None:
+        self._device, self._place = device, place
         self._group = group
         self._groups = groups
         self._streams = {lane: side_stream(device, lane) for lane in (*groups, COMPUTE_2)}
@@ -52,9 +61,25 @@ class CudaLanes:
             pool.append(torch.cuda.Event(enable_timing=timing))
         return pool[index]
 
+    def prepare(self, schedule: Schedule) -> None:
+        """Divide the card where `schedule` keeps SMs for communication.
+
+        Raises:
+            RuntimeError: it cannot be divided so.
+        """
+        if schedule.comm_sms:
+            own_sms(self._device, schedule.comm_sms, self._place)
+
+    def _lanes_of(self, schedule: Schedule, current: torch.cuda.Stream) -> dict[str, torch.cuda.Stream]:
+        """Each lane's stream for a call that is made from `current`."""
+        if schedule.comm_sms:
+            divided = own_sms(self._device, schedule.comm_sms, self._place)
+            return {lane: divided[lane] for lane in schedule.lanes}
+        return {lane: current if lane == COMPUTE else self._streams[lane] for lane in schedule.lanes}
+
     def run(self, schedule: Schedule, program: Program, *, record: bool = False) -> Timeline | None:
         current = torch.cuda.current_stream(self._device)
-        lanes = {lane: current if lane == COMPUTE else self._streams[lane] for lane in schedule.lanes}
+        lanes = self._lanes_of(schedule, current)
         # Ready and free, in one edge: a side stream starts after all that the caller's stream holds so far, which made
         # the inputs and, in the call before this one, was the last reader of the buffers that are written now.
         start = self._event(0, record)
@@ -65,14 +90,18 @@ class CudaLanes:
         count = len(schedule.ops)
         ends = [self._event(1 + i, record) for i in range(count)]
         begins = [self._event(1 + count + i, record) for i in range(count)] if record else []
+        used = current  # to change torch's stream costs the host, so only where the lane changes
         try:
-            for index, op in enumerate(schedule.ops):
-                stream = lanes[op.lane]
-                for earlier in op.after:
-                    # Same lane: the stream's own order is the edge.
-                    if schedule.ops[earlier].lane != op.lane:
-                        stream.wait_event(ends[earlier])
-                with torch.cuda.stream(stream):
+            with torch.cuda.device(self._device):
+                for index, op in enumerate(schedule.ops):
+                    stream = lanes[op.lane]
+                    for earlier in op.after:
+                        # Same lane: the stream's own order is the edge.
+                        if schedule.ops[earlier].lane != op.lane:
+                            stream.wait_event(ends[earlier])
+                    if stream is not used:
+                        torch.cuda.set_stream(stream)
+                        used = stream
                     if record:
                         begins[index].record(stream)
                     work = program.start(op, self._groups.get(op.lane, self._group), False)
@@ -85,6 +114,10 @@ class CudaLanes:
             for stream in lanes.values():
                 current.wait_stream(stream)
             raise
+        finally:
+            if used is not current:
+                with torch.cuda.device(self._device):  # the caller's own device stays what it was
+                    torch.cuda.set_stream(current)
         # The caller's stream waits for every side stream: from here on the output is whole, inputs may be reused, and
         # memory that side streams touched may be freed in the caller's stream order.
         for lane, stream in lanes.items():

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from hcms.links import ghost_kernel
+
 _ALIGN = 256
 _SCRATCH_BYTES = 64 << 20
 
@@ -41,9 +43,13 @@ class _Sides:
 
 
 class Wire:
-    """The card's way to its host: pinned memory that holds what leaves, what should have, and what arrives."""
+    """The card's way to its host: pinned memory that holds what leaves, what should have, and what arrives.
+
+    `engine` says what moves the bytes: `copy` engines, or a kernel on SMs (`sm`), on the calling stream as NCCL's.
+    """
 
     def __init__(self) -> None:
+        self.engine: Literal["copy", "sm"] = "copy"
         self.mode: Literal["prepare", "replay"] = "prepare"
         self.sent_bytes = 0
         self._heads = 0
@@ -75,8 +81,11 @@ class Wire:
             latency_us: as much more time a work.
 
         Raises:
-            ValueError: a bandwidth that is not positive or above what there is, or a negative latency.
+            ValueError: a bandwidth that is not positive or above what there is, or a negative latency; either where a
+                kernel moves the bytes.
         """
+        if self.engine == "sm" and (gbps is not None or latency_us):
+            raise ValueError("a ghost link that a kernel drives takes no gbps and no latency_us")
         if gbps is not None and not 0 < gbps <= native_gbps:
             raise ValueError(f"a ghost link can be slowed to at most {native_gbps:g} GB/s, got {gbps}")
         if latency_us < 0:
@@ -127,10 +136,12 @@ class Wire:
                 self._lay(left, leaves)
                 arriving.copy_(_bytes(leaves), non_blocking=True)
                 _bytes(arrives).copy_(arriving, non_blocking=True)
+            elif self.engine == "sm":  # on the calling stream, whose SMs may be communication's own
+                ghost_kernel.move((left, leaves), (arrives, arriving))
             else:
                 self._out(sides, left, leaves)
                 self._in(sides, arrives, arriving)
-        return self._joined(sides)
+        return self._joined(sides, by=torch.cuda.current_stream() if self.engine == "sm" else None)
 
     def send(self, leaves: Tensor) -> Swapped:
         sides = self._forked()
@@ -195,18 +206,23 @@ class Wire:
         sides.into.wait_event(sides.ready)
         return sides
 
-    def _joined(self, sides: _Sides) -> Swapped:
-        sides.left.record(sides.out)
-        sides.arrived.record(sides.into)
+    def _joined(self, sides: _Sides, *, by: torch.cuda.Stream | None = None) -> Swapped:
+        """The work that ends with both sides, or with stream `by` where that carried it."""
+        sides.left.record(by or sides.out)
+        sides.arrived.record(by or sides.into)
         return Swapped(sides)
 
     def _out(self, sides: _Sides, left: Tensor, leaves: Tensor) -> None:
         with torch.cuda.stream(sides.out):
+            if self.engine == "sm":
+                return ghost_kernel.move((left, _bytes(leaves)), None)
             left.copy_(_bytes(leaves), non_blocking=True)
             self._again(leaves.nbytes, out=True)
 
     def _in(self, sides: _Sides, arrives: Tensor, arriving: Tensor) -> None:
         with torch.cuda.stream(sides.into):
+            if self.engine == "sm":
+                return ghost_kernel.move(None, (_bytes(arrives), arriving))
             _bytes(arrives).copy_(arriving, non_blocking=True)
             self._again(arrives.nbytes, out=False)
 

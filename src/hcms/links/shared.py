@@ -7,8 +7,20 @@ up, so times here tell methods from each other on this card, and nothing of a ca
 
 from __future__ import annotations
 
+import os
+
+import torch.distributed as dist
+
 from hcms.links import Link
 from hcms.links.native import start
+
+_SHARES = "NCCL_MULTI_RANK_GPU_ENABLE"
+
+
+def place_on_card(group: dist.ProcessGroup) -> tuple[int, int]:
+    """`(i, n)`: this rank is the i-th of n that share its card."""
+    return (group.rank(), group.size()) if os.environ.get(_SHARES) == "1" else (0, 1)
+
 
 LINK = Link(
     "shared",
@@ -19,7 +31,7 @@ LINK = Link(
     start,
     one_card=True,
     environment={
-        "NCCL_MULTI_RANK_GPU_ENABLE": "1",
+        _SHARES: "1",
         "NCCL_P2P_DISABLE": "1",  # through the host's memory: the card's own would be no link at all
         "NCCL_NVLS_ENABLE": "0",
         "NCCL_MAX_CTAS": "4",  # few blocks: ranks' kernels wait for each other, so all of them must find SMs at once

@@ -7,7 +7,8 @@ An operation is a few stages, one after the other, each with what it occupies:
   attention becomes ready at the same moment, as it does when the exchange before a copy ends, attention is there first
   (both seen in H100 timelines).
 - `wire` occupies the link, and no SM if copy engines move the bytes; NCCL's kernels need some, and then it waits as a
-  copy does. Wires that are under way at once share the link's bandwidth.
+  copy does, unless the schedule keeps SMs for communication. Wires that are under way at once share the link's
+  bandwidth.
 - `attend` occupies the SMs: attention of two lanes takes turns.
 
 Lanes are first in, first out. The host issues operations one after the other and waits for none.
@@ -98,6 +99,8 @@ def contend(schedule: Schedule, costs: GpuCosts) -> Timeline:
         attending = state.attending()
         if occupies == "attend":
             return not attending  # on two lanes: the next takes the SMs when this one has none to give out any more
+        if schedule.comm_sms and not on_compute(r):
+            return True  # on SMs of its own
         needs_sms = occupies == "copy" or (occupies == "wire" and costs.wire_needs_sms)
         return not (needs_sms and costs.holds_sms and any(r.holds_sms_ms > _EPSILON_MS for r in attending))
 

@@ -135,10 +135,10 @@ class WorkloadCosts:
         in_ring = schedule.name == "ring"
         size = min(op.chunk, 1) if in_ring else schedule.cut[op.chunk]  # a ring's steps are alike but for the first
         # One chunk on two lanes has nothing to overlap with, and what waits for attention's end runs beside none of it.
-        contends = schedule.overlaps and len(schedule.cut) > 1 and not self._blocked
-        key = (op.kind, size, op.tensors, op.part, in_ring, contends, schedule.copies_apart)
+        contends = schedule.overlaps and len(schedule.cut) > 1 and not self._blocked(schedule)
+        key = (op.kind, size, op.tensors, op.part, in_ring, contends, schedule.copies_apart, schedule.comm_sms)
         if key not in self._known:
-            cost = self._ring_cost(op) if in_ring else self._chunk_cost(op, size, apart=schedule.copies_apart)
+            cost = self._ring_cost(op) if in_ring else self._chunk_cost(op, size, schedule)
             if contends:
                 cost = replace(cost, lane_ms=cost.lane_ms * self._slowdown(op, in_ring))
             self._known[key] = cost
@@ -184,10 +184,15 @@ class WorkloadCosts:
             return 1 + (self.profile.attention_slowdown - 1) * min(1.0, comm_ms / attend_ms)
         return 1 + (self.profile.communication_slowdown - 1) * min(1.0, attend_ms / comm_ms if comm_ms else 0.0)
 
-    def _chunk_cost(self, op: Op, heads: int, *, apart: bool = False) -> OpCost:
+    def _chunk_cost(self, op: Op, heads: int, schedule: Schedule | None = None) -> OpCost:
+        """An operation with nothing beside it; where no schedule is given, of one that copies in its exchanges."""
         p, w = self.profile, self.workload
+        apart = schedule is not None and schedule.copies_apart
         if op.kind == "attend":
-            attend_ms = self.clock_slowdown * p.attention_ms(w.seq_len, heads, w.batch, parts=op.part[1])
+            kept = schedule.comm_sms if schedule is not None else 0
+            attend_ms = self.clock_slowdown * p.attention_ms(
+                w.seq_len, heads, w.batch, parts=op.part[1], without_sms=kept
+            )
             # On a CPU the call was measured with the host's part in it.
             return OpCost(attend_ms, 0.0 if self.host_computes else self._host_ms)
         if w.ranks == 1 and not apart:
@@ -234,10 +239,9 @@ class WorkloadCosts:
     def wire_needs_sms(self) -> bool:
         return self.profile.wire_needs_sms
 
-    @property
-    def _blocked(self) -> bool:
+    def _blocked(self, schedule: Schedule) -> bool:
         """Whether an exchange has to wait for attention's end."""
-        return self.holds_sms and self.wire_needs_sms
+        return self.holds_sms and self.wire_needs_sms and not schedule.comm_sms
 
     def host_ms(self, op: Op, schedule: Schedule) -> float:
         return self._host_ms
@@ -245,20 +249,21 @@ class WorkloadCosts:
     def stages(self, op: Op, schedule: Schedule) -> tuple[Stage, ...]:
         """An operation as the stages that `contend` lets meet."""
         in_ring = schedule.name == "ring"
-        slowdown = self._slowdown(op, in_ring) if schedule.overlaps and not self._blocked else 1.0
+        slowdown = self._slowdown(op, in_ring) if schedule.overlaps and not self._blocked(schedule) else 1.0
         if op.kind == "attend":
             if in_ring:
                 w, attend_ms = self.workload, self._ring_cost(op).lane_ms * slowdown
                 last = self.profile.last_wave(w.seq_len // w.ranks, w.heads, w.batch)
                 return (Stage("attend", attend_ms, attend_ms * last),)
             heads = schedule.cut[op.chunk]
-            attend_ms = self._chunk_cost(op, heads).lane_ms
+            w, kept = self.workload, schedule.comm_sms
+            attend_ms = self._chunk_cost(op, heads, schedule).lane_ms
             if COMPUTE_2 in schedule.lanes:  # what a chunk's last wave leaves idle, the next chunk's first takes
-                share = heads / self.workload.heads_a_rank / op.part[1]
-                attend_ms = min(attend_ms, share * self.attention_ms) / min(1.0, self.profile.fill_speedup)
+                share = heads / w.heads_a_rank / op.part[1]
+                whole_ms = self._chunk_cost(Op("attend", 0, op.lane), w.heads_a_rank, schedule).lane_ms
+                attend_ms = min(attend_ms, share * whole_ms) / min(1.0, self.profile.fill_speedup)
             attend_ms *= slowdown
-            w = self.workload
-            last = self.profile.last_wave(w.seq_len, heads, w.batch, parts=op.part[1])
+            last = self.profile.last_wave(w.seq_len, heads, w.batch, parts=op.part[1], without_sms=kept)
             return (Stage("attend", attend_ms, attend_ms * last),)
         if op.kind == "rotate":
             copy_ms = self._ring_copy_ms if op.chunk == 0 else 0.0

@@ -1,7 +1,7 @@
 """How a rank's M heads are cut into chunks: even, tapered or as given; and what may be added to a cut in text.
 
-`"1x2-3-1x2+fill"` is the cut 1-3-1 whose first chunk's queries and last chunk's rows travel in 2 parts each, with
-attention of neighbouring chunks on two lanes.
+`"1x2-3-1x2+fill+sms8"` is the cut 1-3-1 whose first chunk's queries and last chunk's rows travel in 2 parts each, with
+attention of neighbouring chunks on two lanes, and 8 SMs of a GPU kept for communication.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class Shape(NamedTuple):
     cut: Cut
     ends: tuple[int, int] = (1, 1)
     fill: bool = False
+    comm_sms: int = 0
 
     def __str__(self) -> str:
         parts = [str(m) for m in self.cut]
@@ -88,18 +89,21 @@ class Shape(NamedTuple):
             first = last = max(self.ends)
         for at, n in ((0, first), (-1, last if len(parts) > 1 else 1)):
             parts[at] += f"x{n}" if n > 1 else ""
-        return "-".join(parts) + ("+fill" if self.fill else "")
+        return "-".join(parts) + ("+fill" if self.fill else "") + (f"+sms{self.comm_sms}" if self.comm_sms else "")
 
 
 def parse_shape(text: str | int, heads: int) -> Shape:
-    """Read a cut and what is added to it: `"1x2-3-1x2"`, `"even:5x4"` (both ends in 4 parts), `"1-3-1+fill"`.
+    """Read a cut and what is added to it: `"1x2-3-1x2"`, `"even:5x4"` (both ends in 4 parts), `"1-3-1+fill+sms8"`.
 
     Raises:
         ValueError: as `parse_cut`; parts elsewhere than at an end, or fewer than one.
     """
     text = str(text).strip()
-    plain = text.removesuffix("+fill")
-    chunks = plain.split("-")
+    plain, _, sms = text.partition("+sms")
+    if plain != text and not re.fullmatch(r"[1-9]\d{0,3}", sms):
+        raise ValueError(f"cut {text!r}: +sms takes how many SMs communication keeps, last, as in '1-3-1+fill+sms8'")
+    filled = plain.endswith("+fill")
+    chunks = plain.removesuffix("+fill").split("-")
     found: list[int] = []
     for place, chunk in enumerate(chunks):
         match = re.fullmatch(r"(\d+|\w+:\w+?)(?:x(\d+))?", chunk)
@@ -111,4 +115,4 @@ def parse_shape(text: str | int, heads: int) -> Shape:
         chunks[place] = match[1]
         found.append(parts)
     cut = parse_cut("-".join(chunks), heads)
-    return Shape(cut, (found[0], found[-1]), plain != text)
+    return Shape(cut, (found[0], found[-1]), filled, int(sms or 0))

@@ -20,6 +20,7 @@ class Plan:
             or this chunk's `return`.
         ends: into how many parts the first chunk's queries and the last chunk's rows are split.
         fill: whether attention of neighbouring chunks runs on two lanes, so that one fills the other's last wave.
+        comm_sms: SMs of a GPU that are kept for the communication lanes, away from attention; 0 shares all.
     """
 
     method: str
@@ -28,11 +29,12 @@ class Plan:
     first: First = "exchange"
     ends: tuple[int, int] = (1, 1)
     fill: bool = False
+    comm_sms: int = 0
 
     @property
     def shape(self) -> Shape:
         """The cut with what is done at its ends, as text writes it."""
-        return Shape(self.cut, self.ends, self.fill)
+        return Shape(self.cut, self.ends, self.fill, self.comm_sms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,9 @@ class Setting:
     Args:
         ranks: P.
         on_host: the issuing thread itself computes and copies (CPU); it must put work onto the link before it computes.
+        comm_sms: how many SMs plans may keep for communication, besides none.
     """
 
     ranks: int
     on_host: bool = False
+    comm_sms: tuple[int, ...] = ()

@@ -104,8 +104,9 @@ class Profile:
     assumed: tuple[str, ...] = ()
     schema: int = SCHEMA
 
-    def attention_ms(self, seq_len: int, heads: int, batch: int = 1, *, parts: int = 1) -> float:
-        """Time of one call of the kernel: `seq_len` keys, 1 / `parts` of as many queries, `heads` heads.
+    def attention_ms(self, seq_len: int, heads: int, batch: int = 1, *, parts: int = 1, without_sms: int = 0) -> float:
+        """Time of one call of the kernel: `seq_len` keys, 1 / `parts` of as many queries, `heads` heads; on a GPU,
+        with `without_sms` of its SMs left to others.
 
         Between measured head counts, time is piecewise linear in the work; between measured lengths, the time of a
         unit of work is; beyond the measured ones it stays what it was. Work is quadratic in the tokens, and on a GPU
@@ -114,11 +115,11 @@ class Profile:
         lengths = sorted({p.seq_len for p in self.attend})
         below = max((s for s in lengths if s <= seq_len), default=lengths[0])
         above = min((s for s in lengths if s >= seq_len), default=lengths[-1])
-        work = self._work(seq_len, heads, batch, parts)
+        work = self._work(seq_len, heads, batch, parts, without_sms)
 
         def unit_ms(length: int) -> float:
             """Time of a unit of work at a measured length, for a call as large as the wanted one in heads."""
-            at_length = self._work(length, heads, batch, parts)
+            at_length = self._work(length, heads, batch, parts, without_sms)
             return self._at_length_ms(length, at_length) / at_length
 
         low = unit_ms(below)
@@ -127,18 +128,18 @@ class Profile:
         share = (seq_len - below) / (above - below)
         return work * (low + (unit_ms(above) - low) * share)
 
-    def last_wave(self, seq_len: int, heads: int, batch: int = 1, *, parts: int = 1) -> float:
+    def last_wave(self, seq_len: int, heads: int, batch: int = 1, *, parts: int = 1, without_sms: int = 0) -> float:
         """The share of a call's time that its last wave of tiles takes, where that leaves SMs to others; else 0."""
         if self.sms is None:
             return 0.0
-        waves = batch * heads * math.ceil(seq_len / parts / TILE_ROWS) / self.sms
+        waves = batch * heads * math.ceil(seq_len / parts / TILE_ROWS) / (self.sms - without_sms)
         return 0.0 if waves == math.ceil(waves) else 1 / math.ceil(waves)
 
-    def _work(self, seq_len: int, heads: int, batch: int, parts: int = 1) -> float:
+    def _work(self, seq_len: int, heads: int, batch: int, parts: int = 1, without_sms: int = 0) -> float:
         """Query-key pairs that the hardware spends time on."""
         if self.sms is None:
             return batch * heads * seq_len**2 / parts
-        waves = math.ceil(batch * heads * math.ceil(seq_len / parts / TILE_ROWS) / self.sms)
+        waves = math.ceil(batch * heads * math.ceil(seq_len / parts / TILE_ROWS) / (self.sms - without_sms))
         return float(waves * self.sms * TILE_ROWS * seq_len)
 
     def _at_length_ms(self, length: int, work: float) -> float:

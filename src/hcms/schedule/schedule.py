@@ -52,6 +52,12 @@ class Op:
 class Schedule:
     """Operations in host issue order, over a cut of this rank's heads (or over the steps of a ring).
 
+    Args:
+        name: of the builder, with its options.
+        cut: heads of each chunk.
+        ops: the operations.
+        comm_sms: SMs of a GPU that its communication lanes have to themselves; attention gets the rest.
+
     Raises:
         ValueError: an operation depends on itself or on a later one, or the cut holds a chunk without heads.
     """
@@ -59,6 +65,7 @@ class Schedule:
     name: str
     cut: tuple[int, ...]
     ops: tuple[Op, ...]
+    comm_sms: int = 0
 
     def __post_init__(self) -> None:
         if not self.cut or min(self.cut) < 1:

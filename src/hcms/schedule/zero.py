@@ -20,7 +20,12 @@ from hcms.schedule.schedule import COMM, COMM_OUT, COMPUTE, COMPUTE_2, Op, Sched
 
 
 def zero(
-    cut: tuple[int, ...], *, ends: tuple[int, int] = (1, 1), fill: bool = False, on_host: bool = False
+    cut: tuple[int, ...],
+    *,
+    ends: tuple[int, int] = (1, 1),
+    fill: bool = False,
+    comm_sms: int = 0,
+    on_host: bool = False,
 ) -> Schedule:
     """The schedule of `hcms-zero`.
 
@@ -30,6 +35,7 @@ def zero(
             larger.
         fill: attention of neighbouring chunks on two lanes of equal priority: the next chunk's blocks take the SMs that
             the last wave of this one leaves idle.
+        comm_sms: SMs that the communication lanes keep, for a transport whose exchanges are kernels (NCCL).
         on_host: issue every exchange before the first attention (CPU, where the issuing thread attends); a GPU's host
             issues what is needed first.
 
@@ -84,4 +90,4 @@ def zero(
     for (chunk, i), back in returned.items():
         add(Op("unpack", chunk, COMPUTE, (back,), part=(i, parts[chunk])))
     name = "zero" + (f"/ends={parts[0]},{parts[-1]}" if max(parts) > 1 else "") + ("/filled" if fill else "")
-    return Schedule(name, cut, tuple(ops))
+    return Schedule(name + (f"/comm-sms={comm_sms}" if comm_sms else ""), cut, tuple(ops), comm_sms)

@@ -98,7 +98,7 @@ class BaseConfig:
     on_gpus: list[str] = field(
         default_factory=list
     )  # settings that hold where GPUs are visible, as one would type them
-    on_shared: list[str] = field(default_factory=list)  # those that hold beyond them where ranks share a card
+    on_link: dict[str, list[str]] = field(default_factory=dict)  # those that hold beyond them on a link that is named
     wandb: WandbConfig = field(default_factory=WandbConfig)
     output: str = "outputs"
     resume: str | None = None  # a run's folder: skip the cases that its records already hold

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from hcms_lab.ground.config import BaseConfig
 
 EVERY = ("each", "all")  # settings that stand for what a machine has: anything else is less
-NOT_POINTS = ("name", "kind", "about", "on_gpus", "on_shared", "output", "resume", "wandb", "model")
+NOT_POINTS = ("name", "kind", "about", "on_gpus", "on_link", "on_shared", "output", "resume", "wandb", "model")
 
 
 def reductions(cfg: BaseConfig, own: BaseConfig) -> list[str]:

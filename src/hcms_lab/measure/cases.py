@@ -195,6 +195,8 @@ def check_run(cfg: Config) -> None:
         number("link.gbps", cfg.link.gbps, 0, 1e6, above=True, otherwise=otherwise)
     if cfg.link.latency_us is not None:
         number("link.latency_us", cfg.link.latency_us, 0, 1e6)
+    if cfg.link.kind == "ghost-sm" and (cfg.link.gbps is not None or cfg.link.latency_us):
+        raise UsageError("link.kind=ghost-sm: it is as fast as it is; leave out link.gbps and link.latency_us")
     if not isinstance(cfg.link.ratio_at, str):
         whole("link.ratio_at", cfg.link.ratio_at, high=MOST_FRAMES)
     elif cfg.link.ratio_at not in ("longest", "each"):
@@ -287,6 +289,8 @@ def points(cfg: LayerConfig) -> list[Point]:
             for f in sorted(frames, reverse=True):  # the longest first: it sets the link
                 tokens = f * w.tokens_per_frame
                 grid.append(Point(w.name, ranks, f, tokens, w.heads, w.head_dim, w.batch, dtype, kernel, ratio, cases))
+    if device == "cpu" and (kept := next((c.cut for p in grid for c in p.cases if "+sms" in str(c.cut)), None)):
+        raise UsageError(f"cuts={kept}: a CPU has no SMs to keep for communication; leave +sms out")
     one_card = links()[link_of(cfg)].one_card
     for p in grid:
         layer = Workload(p.seq_len, p.heads, p.ranks, p.head_dim, p.batch, p.dtype)

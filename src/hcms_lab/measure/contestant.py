@@ -135,7 +135,8 @@ def cut_of(attention: SequenceParallelAttention) -> str | None:
     schedule = attention.schedule
     if schedule is None or schedule.name == "ring":
         return None
-    return str(Shape(schedule.cut, (schedule.parts[0], schedule.parts[-1]), COMPUTE_2 in schedule.lanes))
+    ends = (schedule.parts[0], schedule.parts[-1])
+    return str(Shape(schedule.cut, ends, COMPUTE_2 in schedule.lanes, schedule.comm_sms))
 
 
 class AttentionAlone:

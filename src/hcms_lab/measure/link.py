@@ -7,7 +7,7 @@ from statistics import median
 
 import torch
 
-from hcms.links import emulated, ghost
+from hcms.links import emulated, ghost, links
 from hcms.schedule.cost import Workload
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.cases import Case, Point
@@ -27,7 +27,7 @@ def settle(rank: Rank, job: Job, point: Point, gbps_of_ratio: dict[float, float]
     Raises:
         UsageError: the ratio lies below what this machine's own exchange takes.
     """
-    if job.link == "ghost":
+    if links()[job.link].processes == "one":
         ghost.WIRE.slow(gbps=job.gbps, latency_us=job.latency_us)
         return job.gbps
     if job.link != "emulated":

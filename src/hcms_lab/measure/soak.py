@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from hcms.links import links
 from hcms_lab.ground.soak_samples import SoakSample, append
 from hcms_lab.measure.contestant import contestant
 from hcms_lab.measure.inputs import SETS, World, reference
@@ -33,7 +34,8 @@ def soak(rank: Rank, job: Job, minutes: float, tick: Callable[[str], None]) -> N
     must be that of the first cycle, bit by bit, and right.
     """
     began_s, process = monotonic(), psutil.Process()
-    worlds = [World(point, job.seed, rank.rank, rank.device, job.link == "ghost") for point in job.points]
+    ghost = links()[job.link].processes == "one"
+    worlds = [World(point, job.seed, rank.rank, rank.device, ghost) for point in job.points]
     inputs = [[{f"{t}_BLNH": x for t, x in w.shard(i).items()} for i in range(SETS)] for w in worlds]
     references = [[reference(w, i) for i in range(SETS)] for w in worlds]
     wires = [wire(job.link, point) for point in job.points]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from hcms.links import links
 from hcms_lab.measure.cases import Point
 
 
@@ -65,4 +66,4 @@ class GhostWire:
 
 
 def wire(link: str, point: Point) -> Wire:
-    return GhostWire(point) if link == "ghost" else PlainWire()
+    return GhostWire(point) if links()[link].processes == "one" else PlainWire()

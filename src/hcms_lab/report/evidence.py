@@ -12,7 +12,7 @@ from typing import Literal
 
 import pandas as pd
 
-from hcms_lab.report.parts import hardware_name
+from hcms_lab.report.parts import ONE_OF_MANY, hardware_name
 from hcms_lab.report.words import listed, short_hardware
 
 NOT_YET = "not run yet"
@@ -156,7 +156,8 @@ def place(cases: pd.DataFrame) -> str:
     rho = f", ρ = {low}" + (f" to {high}" if low != high else "") if low else ""
     shared = ", ranks share cores" if (cases["ranks_per_core"].fillna(1) > 1).any() else ""
     link = str(cases["link"].iloc[0])
-    ranks = f"one rank of {listed(cases['world_size'])}" if link == "ghost" else f"{listed(cases['world_size'])} ranks"
+    counts = listed(cases["world_size"])
+    ranks = f"one rank of {counts}" if link in ONE_OF_MANY else f"{counts} ranks"
     load = f", {cases['load'].iloc[0]} load" if pd.notna(cases["load"].iloc[0]) else ""
     return f"{cases['name'].iloc[0]}, {ranks}, {link} link{load}{rho}{shared}"
 

@@ -97,7 +97,7 @@ def measured_rows(records: pd.DataFrame) -> list[dict[str, Any]]:
         tokens = " / ".join(f"{int(case['seq_len']):,}" for case in ends)
         ranks = int(ends[0]["world_size"])
         note = f"ρ {rho} %, {tokens} tokens, {int(ends[0]['heads']) // ranks} heads{shared}"
-        held = f"one rank of {ranks}" if link == "ghost" else f"{ranks} ranks"
+        held = f"one rank of {ranks}" if link in parts.ONE_OF_MANY else f"{ranks} ranks"
         rows.append({"label": f"{hardware}, {held}, {link}", "gains": shares, "note": note})
     return rows
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 # The nearer to several GPUs, the sooner it is drawn.
-LINKS = ("native", "ghost", "shared", "emulated")
+LINKS = ("native", "ghost", "shared", "ghost-sm", "emulated")
+ONE_OF_MANY = ("ghost", "ghost-sm")  # one process stands for all ranks
 LOADS = ("sustained", "rested")  # what a user gets first
 
 
@@ -68,6 +69,7 @@ def where(records: pd.DataFrame) -> str:
     either = " or ".join(ranks.rsplit(", ", 1))
     said = {
         "ghost": f"one rank of {either} on one {short_hardware(name)}, ghost link",
+        "ghost-sm": f"one rank of {either} on one {short_hardware(name)}, ghost link driven by SMs",
         "shared": f"{ranks} ranks on one {short_hardware(name)}, shared link",
     }
     loads = sorted(set(records["load"].dropna())) if "load" in records else []
