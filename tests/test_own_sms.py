@@ -119,10 +119,11 @@ def test_attention_and_communication_share_no_sm(group: dist.ProcessGroup) -> No
 
 
 def test_exchanges_no_longer_wait_for_attention(group: dist.ProcessGroup) -> None:
-    """At full size, under a persistent kernel: without SMs of their own, later exchanges end with the attention."""
-    qkv = inputs(0, tokens=32_400 // RANKS)
+    """At full size, under a persistent kernel: an exchange that becomes ready within an attention waits for its end,
+    unless it has SMs of its own. (One that becomes ready as an attention does goes first, by its priority.)"""
+    qkv = inputs(0, tokens=57_600 // RANKS)
 
-    def exchange_ms(plan: str) -> float:
+    def longest_ms(plan: str) -> float:
         tested = SequenceParallelAttention(group, "hcms-zero", plan, "sdpa", record_timeline=True)
         spans = []
         for _ in range(3):
@@ -130,12 +131,12 @@ def test_exchanges_no_longer_wait_for_attention(group: dist.ProcessGroup) -> Non
             ghost.rewind(group)
             tested(*qkv)
             assert tested.timeline is not None
-            spans = [s for s in tested.timeline.spans if s.op.kind == "exchange" and s.op.chunk == 1]
-        return spans[0].end_ms - spans[0].begin_ms
+            spans = [s for s in tested.timeline.spans if s.op.kind == "exchange" and s.op.chunk > 0]
+        return max(s.end_ms - s.begin_ms for s in spans)
 
-    blocked, free = exchange_ms("1-3-1"), exchange_ms("1-3-1+sms8")
+    blocked, free = longest_ms("even:max"), longest_ms("even:max+sms8")
     if torch.cuda.get_device_capability() == (9, 0):  # cuDNN's kernel holds every SM there
-        assert free < 0.8 * blocked, (free, blocked)
+        assert free < 0.7 * blocked, (free, blocked)
 
 
 def test_a_card_that_cannot_be_divided_so_is_refused(group: dist.ProcessGroup) -> None:

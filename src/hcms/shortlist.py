@@ -20,7 +20,8 @@ _PROVEN = 5  # chunks, tapered, ends in two parts, on two lanes: best or next to
 def shortlist(
     costs: Costs, heads_a_rank: int, setting: Setting, methods: Iterable[str], *, most: int = 3
 ) -> list[Plan]:
-    """Both Ulysses, then at most `most` chunked plans by predicted time, and one that did well before.
+    """Both Ulysses, then at most `most` chunked plans by predicted time, and one that did well before, with and
+    without SMs kept for communication where they may be.
 
     Of plans with one cut only the best few ends would be listed; so each cut is listed once, as its best.
     """
@@ -34,9 +35,10 @@ def shortlist(
                 fastest[plan.cut] = (ms, plan)
     by_time = sorted(fastest.values(), key=lambda timed: timed[0])
     proven = [
-        Plan(name, tapered(heads_a_rank, _PROVEN), ends=(2, 2), fill=True)
+        Plan(name, tapered(heads_a_rank, _PROVEN), ends=(2, 2), fill=True, comm_sms=sms)
         for name in methods
         if METHODS[name].thins and heads_a_rank >= _PROVEN
+        for sms in (0, *setting.comm_sms[:1])
     ]
     chunked = dict.fromkeys([*(plan for _, plan in by_time[:most]), *proven])
     return [*(Plan(name, whole) for name in BASELINES), *chunked]
