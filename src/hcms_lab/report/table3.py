@@ -49,7 +49,7 @@ def table3(records: pd.DataFrame) -> pd.DataFrame:
                     "link": case["link"],
                     "attention, ms": float(ceiling_ms.iloc[0]) if len(ceiling_ms) else None,
                     "ρ": float(case["comm_ratio"]),
-                    "cut": case["cut"],
+                    "cut": case["cut"] if case["method"] == "hcms" else f"{case['method']} {case['cut']}",
                     "gain over Ulysses": _gain(case),
                     "over packed": _gain(packed.loc[[place]].iloc[0]) if place in packed.index else None,
                     "bitwise": bool(ours["bitwise_equal"].all()),
