@@ -82,7 +82,7 @@ def wrong_rounds(
 
 
 def on_rank(rank: int, ranks: int, store: str, task: str, answers: str) -> None:
-    torch.cuda.set_device(0)
+    torch.cuda.set_device(rank % torch.cuda.device_count())  # a card each where there are enough
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     with torch.inference_mode():
         answer = TASKS[task](rank, ranks)

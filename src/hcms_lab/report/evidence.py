@@ -52,7 +52,7 @@ def grade_of(cases: pd.DataFrame) -> Grade:
     over_gloo = any("gloo" in path.split("/") for path in paths)
     if not on_gpu(cases) or (over_gloo and link == "native"):
         return CPUS
-    return GPUS if link == "native" else ONE_CARD
+    return GPUS if link in ("native", "native-host") else ONE_CARD
 
 
 def on_gpu(cases: pd.DataFrame) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # The nearer to several GPUs, the sooner it is drawn.
-LINKS = ("native", "ghost", "shared", "ghost-sm", "emulated")
+LINKS = ("native", "native-host", "ghost", "shared", "ghost-sm", "emulated")
 ONE_OF_MANY = ("ghost", "ghost-sm")  # one process stands for all ranks
 LOADS = ("sustained", "rested")  # what a user gets first
 

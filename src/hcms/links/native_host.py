@@ -1,0 +1,18 @@
+"""A card each, and the host's memory between them: what NCCL does between GPUs that cannot reach each other.
+
+The same cards as over their own link, in the regime that the paper measured.
+"""
+
+from __future__ import annotations
+
+from hcms.links import Link
+from hcms.links.native import start
+
+LINK = Link(
+    "native-host",
+    "a card each, NCCL through the host's memory",
+    ("cuda",),
+    "each",
+    start,
+    environment={"NCCL_P2P_DISABLE": "1"},
+)
