@@ -177,7 +177,7 @@ def check(module: ModuleType, cfg: BaseConfig, exp: str) -> None:
 def with_gpus(overrides: list[str]) -> list[str]:
     """Where GPUs are visible, or asked for: full size unless a workload is named, the experiment's `on_gpus` first.
 
-    Where a link is named, `on_link` comes after that.
+    What the experiment has for the link that it goes over, `on_link`, comes after that.
 
     `device=cuda` asks for them from a host that has none, for jobs that run elsewhere.
     """
@@ -189,7 +189,7 @@ def with_gpus(overrides: list[str]) -> list[str]:
     has_one = any(o.lstrip("+~").startswith("workload=") for o in overrides)
     full_size = [] if has_one or not hasattr(plain, "workload") else ["workload=wan720p"]
     kinds = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("link.kind=")]
-    of_link = plain.on_link.get(kinds[-1], []) if kinds else []
+    of_link = plain.on_link.get(kinds[-1] if kinds else "native" if visible_gpus() > 1 else "ghost", [])
     return [*plain.on_gpus, *of_link, *overrides, *full_size]
 
 

@@ -350,7 +350,8 @@ class SequenceParallelAttention:
                 raise RuntimeError(f"tensors on {device} need an NCCL group, this one is {backend!r}")
             # The compute lane has its own, too: graphs that replay exchanges must go before the communicator does.
             own = {lane: communicator(self.group, lane) for lane in (COMPUTE, *lanes)}
-            return CudaLanes(device, own.pop(COMPUTE), own, place)
+            few = partial(communicator, self.group)
+            return CudaLanes(device, own.pop(COMPUTE), own, place, few)
         if self._method.overlaps and backend not in ("gloo", emulated.NAME):
             raise RuntimeError(f"{self.method} overlaps on gloo, {emulated.NAME} and nccl groups, not on {backend!r}")
         if backend == emulated.NAME:

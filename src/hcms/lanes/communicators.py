@@ -24,19 +24,23 @@ _times: Counter[str] = Counter()
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[str, dist.ProcessGroup]] = WeakKeyDictionary()
 
 
-def communicator(group: dist.ProcessGroup, lane: str) -> dist.ProcessGroup:
+def communicator(group: dist.ProcessGroup, lane: str, blocks: int | None = None) -> dist.ProcessGroup:
     """The NCCL communicator of a lane over the ranks of `group`, whose kernels go before attention's waiting blocks.
 
     It times out as `group` does, and ends with `group`, with the process, or by `close`. Local: no rank waits for
     another here.
+
+    Args:
+        blocks: how many its kernels have at most. On few SMs, two lanes' kernels must fit beside each other: where one
+            rank runs the one and its peer the other, both wait for what cannot start.
     """
     if group not in _made:
         _made[group] = lanes = {}
         _ends[group] = finalize(group, _end, lanes)
-    lanes = _made[group]
-    if lane not in lanes:
-        lanes[lane] = _make(group, lane)
-    return lanes[lane]
+    lanes, name = _made[group], f"{lane}/{blocks}" if blocks else lane
+    if name not in lanes:
+        lanes[name] = _make(group, name, blocks)
+    return lanes[name]
 
 
 def close(group: dist.ProcessGroup) -> None:
@@ -58,13 +62,15 @@ def _ranks_of_groups() -> dict[dist.ProcessGroup, dict[int, int]]:
     return dist.distributed_c10d._world.pg_group_ranks
 
 
-def _make(group: dist.ProcessGroup, lane: str) -> dist.ProcessGroup:
+def _make(group: dist.ProcessGroup, lane: str, blocks: int | None) -> dist.ProcessGroup:
     name = f"hcms/{group.group_name}/{lane}"
     _times[name] += 1  # the same on all members: one that is made again must not meet at the old one's place
     name = f"{name}/{_times[name]}"
     store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
     ranks = dist.get_process_group_ranks(group)
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if blocks:
+        options.config.max_ctas = blocks
     options._timeout = group._get_backend(_CUDA).options._timeout
     options.global_ranks_in_group = ranks
     options.group_name = name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -40,6 +41,8 @@ class CudaLanes:
         group: the NCCL group for communication on the compute lane (serial schedules).
         groups: the NCCL group of each communication lane.
         place: `(i, n)`: this rank is the i-th of n that share the card.
+        few: `(lane, blocks)` to a group whose kernels have so many blocks at most, for schedules that keep SMs for
+            communication; None where no kernels communicate.
     """
 
     def __init__(
@@ -48,10 +51,11 @@ class CudaLanes:
         group: dist.ProcessGroup,
         groups: dict[str, dist.ProcessGroup],
         place: tuple[int, int] = (0, 1),
+        few: Callable[[str, int], dist.ProcessGroup] | None = None,
     ) -> None:
-        self._device, self._place = device, place
+        self._device, self._place, self._few = device, place, few
+        self._groups_of: dict[int, dict[str, dist.ProcessGroup]] = {0: groups}  # by SMs kept for communication
         self._group = group
-        self._groups = groups
         self._streams = {lane: side_stream(device, lane) for lane in (*groups, COMPUTE_2)}
         self._events: dict[bool, list[torch.cuda.Event]] = {False: [], True: []}
 
@@ -69,6 +73,11 @@ class CudaLanes:
         """
         if schedule.comm_sms:
             own_sms(self._device, schedule.comm_sms, self._place)
+            groups = self._groups_of[0]
+            if self._few is not None:
+                blocks = max(1, schedule.comm_sms // len(groups))  # one an SM finds room beside the other lanes'
+                groups = {lane: self._few(lane, blocks) for lane in groups}
+            self._groups_of[schedule.comm_sms] = groups
 
     def _lanes_of(self, schedule: Schedule, current: torch.cuda.Stream) -> dict[str, torch.cuda.Stream]:
         """Each lane's stream for a call that is made from `current`."""
@@ -79,7 +88,7 @@ class CudaLanes:
 
     def run(self, schedule: Schedule, program: Program, *, record: bool = False) -> Timeline | None:
         current = torch.cuda.current_stream(self._device)
-        lanes = self._lanes_of(schedule, current)
+        lanes, groups = self._lanes_of(schedule, current), self._groups_of[schedule.comm_sms]
         # Ready and free, in one edge: a side stream starts after all that the caller's stream holds so far, which made
         # the inputs and, in the call before this one, was the last reader of the buffers that are written now.
         start = self._event(0, record)
@@ -104,7 +113,7 @@ class CudaLanes:
                         used = stream
                     if record:
                         begins[index].record(stream)
-                    work = program.start(op, self._groups.get(op.lane, self._group), False)
+                    work = program.start(op, groups.get(op.lane, self._group), False)
                     if work is not None:
                         work.wait()  # orders `stream` after the collective; the host goes on
                     program.finish(op)
