@@ -35,7 +35,6 @@ from hcms_lab.ground.config import AXES, WANDB_MODES, BaseConfig
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.experiments import Experiment, experiment, experiments, names
 from hcms_lab.measure.cases import device_of
-from hcms_lab.measure.one_card import is_one_card
 from hcms_lab.measure.stop import Stopped, stoppable
 
 HERE = Path(__file__).resolve().parent
@@ -226,7 +225,7 @@ def own_settings(config: BaseConfig) -> Any:
     try:
         exp = HydraConfig.get().runtime.choices["exp"]
         link = getattr(config, "link", None)
-        over = [f"link.kind={link.kind}"] if link is not None and is_one_card(link.kind) else []
+        over = [f"link.kind={link.kind}"] if link is not None else []
         return composed(with_gpus([f"+exp={exp}", f"device={config.device}", *over]))
     finally:
         GlobalHydra.instance().hydra = outer

@@ -178,11 +178,13 @@ def committed_folders(exp: str, root: Path = ROOT) -> dict[str, Path]:
 
 
 def by_link(exp: str, root: Path = ROOT) -> dict[str, Path]:
-    """The newest committed run of an experiment over each link, by the link's name; reduced ones left out."""
+    """The newest committed run of an experiment over each link, by the link's name; a reduced one, which says so in its
+    title, only where there is no whole one."""
     folders: dict[str, Path] = {}
-    for folder in sorted(committed_folders(exp, root).values(), key=_place):
-        if not reduced(folder):
-            folders.setdefault(str(environment(folder).get("link")), folder)
+    for folder in sorted(
+        committed_folders(exp, root).values(), key=lambda folder: (bool(reduced(folder)), _place(folder))
+    ):
+        folders.setdefault(str(environment(folder).get("link")), folder)
     return folders
 
 

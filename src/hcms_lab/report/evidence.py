@@ -12,6 +12,7 @@ from typing import Literal
 
 import pandas as pd
 
+from hcms.transport import COLLECTIVE
 from hcms_lab.report.parts import ONE_OF_MANY, hardware_name
 from hcms_lab.report.words import listed, short_hardware
 
@@ -138,7 +139,7 @@ def ordered(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
 
 
 def by_place(tables: Iterable[pd.DataFrame]) -> list[pd.DataFrame]:
-    """The rows of several runs, regrouped: a table for each hardware, link and load, never two in one.
+    """The rows of several runs, regrouped: a table for each hardware, link, transport and load, never two in one.
 
     `name`, the hardware's, is a column.
     """
@@ -146,7 +147,8 @@ def by_place(tables: Iterable[pd.DataFrame]) -> list[pd.DataFrame]:
     if not named:
         return []
     whole = pd.concat(named, ignore_index=True)
-    return [place for _, place in whole.groupby(["hardware", "link", "load"], dropna=False, sort=False)]
+    whole["transport"] = whole["transport"].fillna(COLLECTIVE) if "transport" in whole else COLLECTIVE
+    return [place for _, place in whole.groupby(["hardware", "link", "transport", "load"], dropna=False, sort=False)]
 
 
 def place(cases: pd.DataFrame) -> str:
@@ -159,7 +161,8 @@ def place(cases: pd.DataFrame) -> str:
     counts = listed(cases["world_size"])
     ranks = f"one rank of {counts}" if link in ONE_OF_MANY else f"{counts} ranks"
     load = f", {cases['load'].iloc[0]} load" if pd.notna(cases["load"].iloc[0]) else ""
-    return f"{cases['name'].iloc[0]}, {ranks}, {link} link{load}{rho}{shared}"
+    transport = f", {cases['transport'].iloc[0]}" if cases["transport"].iloc[0] != COLLECTIVE else ""
+    return f"{cases['name'].iloc[0]}, {ranks}, {link} link{transport}{load}{rho}{shared}"
 
 
 def rounds(cases: pd.DataFrame) -> str:

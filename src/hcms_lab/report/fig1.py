@@ -43,7 +43,9 @@ class Run(NamedTuple):
     speedup: float
 
 
-@register("fig1", "One attention layer as lanes over time", beside=("ghost", "ghost-sm", "shared", "emulated"))
+@register(
+    "fig1", "One attention layer as lanes over time", beside=("native-host", "ghost", "ghost-sm", "shared", "emulated")
+)
 def fig1(records: pd.DataFrame) -> Figure:
     """Serial Ulysses above every HCMS that left a trace; measured on the left, on the right as the simulator sees it.
 

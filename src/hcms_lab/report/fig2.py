@@ -127,6 +127,7 @@ def _panel(ax: Axes, point: pd.DataFrame) -> None:
                     va="bottom", fontsize=6.5, rotation=90,
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
                 )  # fmt: skip
+    middle_ms = (float(point["latency_ms"].min()) + float(point["latency_ms"].max())) / 2
     for method in others:  # ours: several cuts of as many chunks stand side by side
         some = by_method[method].sort_values(["chunks", "latency_ms"])
         x = [place[k] + 0.28 + 0.1 * i for k, i in zip(some["chunks"], some.groupby("chunks").cumcount(), strict=True)]
@@ -134,10 +135,11 @@ def _panel(ax: Axes, point: pd.DataFrame) -> None:
             ax, x, some, **{**parts.method_look(method), "linestyle": "", "marker": "s", "markersize": 4}
         )
         for at, case in zip(x, some.to_dict("records"), strict=True):
-            below_ms = case["latency_ms"] - parts.iqr(case["times_ms"])[2]
+            low_ms, high_ms = (case["latency_ms"] + sign * parts.iqr(case["times_ms"])[2] for sign in (-1, 1))
+            above = case["latency_ms"] < middle_ms  # towards the middle, where there is room
             ax.annotate(
-                short_cut(case["cut"]), (at, below_ms), xytext=(0, -5), textcoords="offset points", ha="center",
-                va="top", fontsize=6.5, rotation=90,
+                short_cut(case["cut"]), (at, high_ms if above else low_ms), xytext=(0, 5 if above else -5),
+                textcoords="offset points", ha="center", va="bottom" if above else "top", fontsize=6.5, rotation=90,
             )  # fmt: skip
     ax.set_xlabel("chunks")
     ax.set_xticks(list(place.values()), [str(k) for k in counts])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 METHODS = ("ulysses", "ring", "hcms")
 RANKS = tuple(range(2, 9))
-RATIOS = np.linspace(0.05, 0.60, 111)
+RATIOS = np.linspace(0.05, 0.75, 141)
 WORTH = 0.05  # a gain over Ulysses below this leaves Ulysses the choice
 CLOSE = 0.02  # a lead over the runner-up below this is drawn pale
 HEADS_A_RANK = 5  # the full model on 8 ranks
@@ -87,7 +87,7 @@ def fig8(records: pd.DataFrame) -> Figure:
                     ax.plot(x.ratio, x.ranks, color="white", markeredgecolor=colour, **look)
             ax.set_xlabel("communication ratio ρ of Ulysses")
             ax.set_yticks(RANKS)
-            ax.set_xlim(0.04, 0.61)
+            ax.set_xlim(0.04, 0.76)
             ax.grid(visible=False)
         axes[0].set_ylabel("ranks")
         cases = measured(records)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from hcms.methods import METHODS
 from hcms.schedule.cut import even
+from hcms.transport import COLLECTIVE
 from hcms_lab.ground.cuts import recorded_cut
 from hcms_lab.ground.load import environment
 from hcms_lab.report import style
@@ -75,7 +76,8 @@ def where(records: pd.DataFrame) -> str:
     loads = sorted(set(records["load"].dropna())) if "load" in records else []
     if len(links) == 1 and links[0] in said:
         return ", ".join([said[links[0]], *(f"{load} load" for load in loads)])
-    return " · ".join([name, *(f"{link} link" for link in links), f"{ranks} ranks"])
+    carried = sorted(set(records["transport"].dropna()) - {COLLECTIVE}) if "transport" in records else []
+    return " · ".join([name, *(f"{link} link" for link in links), *carried, f"{ranks} ranks"])
 
 
 def layer(records: pd.DataFrame, *, tokens: bool = True, kernel: bool = True) -> str:

@@ -44,7 +44,7 @@ class Exhibit:
     make: Callable[..., Any]
     reads_all: bool = False
     stills: str | None = None
-    beside: tuple[str, ...] = ("ghost", "ghost-sm", "emulated")
+    beside: tuple[str, ...] = ("native", "native-host", "ghost", "ghost-sm", "emulated")
 
     @property
     def is_figure(self) -> bool:
