@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hcms.schedule import catalogue
-from hcms.schedule.advice import DO_NOT, LITTLE, USE, Advice, advise
+from hcms.schedule.advice import DO_NOT, LITTLE, USE, Advice, advise, verdict
 from hcms.schedule.cost import Workload
 from hcms.schedule.cut import format_cut
 from hcms_lab.ground.checks import as_list, distinct
@@ -76,7 +76,7 @@ def run(cfg: Settings, folder: Path | None) -> bool:
         for frames in as_list(cfg.latent_frames):
             gpus = gpus_of(cfg.gpu)
             advices = _advices(cfg, gpus, ranks, frames)
-            for line in [*_verdicts(advices), *_held(advices), *_variants(cfg, gpus, ranks, frames)]:
+            for line in [*_best(advices), *_verdicts(advices), *_held(advices), *_variants(cfg, gpus, ranks, frames)]:
                 console.print(line)
             print_whole(_table(cfg, advices, ranks, frames, notes, limit), limit)
     console.print(LEGEND, style="dim")
@@ -89,17 +89,27 @@ def run(cfg: Settings, folder: Path | None) -> bool:
     return True
 
 
+def _best(advices: list[Advice]) -> list[str]:
+    """A line with for whom the paper's two lanes are not the way, and `hcms-zero` with SMs kept is."""
+    better = [
+        (a, a.kept_gain) for a in advices if a.verdict != USE and verdict(a.comm_ratio, a.kept_gain or 0, 1) == USE
+    ]
+    each = [f"{a.gpu.name} over {a.link} {gain:+.0%} (+sms{a.kept_sms})" for a, gain in better if gain is not None]
+    return [f"[{STYLES[USE]}]use hcms-zero[/], SMs kept for NCCL: {', '.join(each)}"] if each else []
+
+
 def _verdicts(advices: list[Advice]) -> list[str]:
-    """A line a verdict, the best first, with whom it is for."""
+    """A line a verdict, the best first, with whom it is for; of the paper's two lanes."""
     by_verdict = sorted(advices, key=lambda advice: list(STYLES).index(advice.verdict))
     several = len({(a.gpu.slug, a.link) for a in advices}) < len(advices)  # kernels
     lines = []
-    for verdict, some in groupby(by_verdict, key=lambda advice: advice.verdict):
+    by_hcms = " by hcms" if _best(advices) else ""
+    for said, some in groupby(by_verdict, key=lambda advice: advice.verdict):
         each = [
             f"{a.gpu.name} over {a.link}{f' with {a.kernel}' if several else ''} {a.gain:+.0%}"
             for a in sorted(some, key=lambda a: -a.gain)
         ]
-        lines.append(f"[{STYLES[verdict]}]{verdict}[/]: {', '.join(each)}")
+        lines.append(f"[{STYLES[said]}]{said}[/]{by_hcms}: {', '.join(each)}")
     return lines
 
 
@@ -109,10 +119,15 @@ def _held(advices: list[Advice]) -> list[str]:
     lines = []
     for kernel in dict.fromkeys(a.kernel for a, _ in held):
         freed = [f"{a.gpu.name} over {a.link} {gain:+.0%}" for a, gain in held if a.kernel == kernel]
+        kept = [
+            f"{a.gpu.name} over {a.link} {a.kept_gain:+.0%}"
+            for a, _ in held
+            if a.kernel == kernel and a.kept_gain is not None
+        ]
         lines.append(
             f"{kernel} holds every SM until it ends, and NCCL's exchanges wait for it: they hardly overlap, however "
-            f"heads are cut. What would help is exchanges that need no SM, by hcms-zero: {', '.join(freed)} (as "
-            "predicted; measured on one card over link.kind=ghost, not yet between GPUs)."
+            f"heads are cut. hcms-zero would give: with SMs kept for NCCL (a plan with +sms8) {', '.join(kept)}; with "
+            f"exchanges that need no SM (transport=copy-engine, one host) {', '.join(freed)} (as predicted)."
         )
     return lines
 

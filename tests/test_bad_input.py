@@ -116,7 +116,7 @@ def test_more_ranks_than_gpus(refused: Refused, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("hcms_lab.measure.cases.visible_gpus", lambda: 4)
     assert "ranks=8: only 4 GPUs are visible; give at most that many" in refused("+exp=fig3 device=cuda ranks=8")
     emulated = refused("+exp=fig3 device=cuda link.kind=emulated")
-    assert "link.kind=emulated: it does not connect cuda; choose one of ghost, native" in emulated
+    assert "link.kind=emulated: it does not connect cuda; choose one of ghost, ghost-sm, native" in emulated
 
 
 @pytest.mark.parametrize(

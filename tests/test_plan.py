@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hcms.schedule.cut import even, format_cut, parse_cut, tapered
+from hcms.schedule.cut import Shape, even, format_cut, parse_cut, parse_shape, tapered
 
 pytestmark = pytest.mark.t0
 
@@ -112,3 +112,17 @@ def test_parse_values(text: str | int, heads: int, expected: tuple[int, ...]) ->
 def test_parse_says_what_is_wrong(text: str, heads: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_cut(text, heads)
+
+
+@pytest.mark.parametrize("text", ["1x2-3-1x2+fill+sms8", "5+sms16", "1-3-1+sms8", "1-3-1+fill", "5x3", "1-3-1"])
+def test_what_is_added_to_a_cut_reads_back(text: str) -> None:
+    shape = parse_shape(text, 5)
+    assert str(shape) == text
+    assert parse_shape(str(shape), 5) == shape
+
+
+def test_sms_for_communication_stand_last() -> None:
+    assert parse_shape("tapered:3+fill+sms8", 5) == Shape((1, 3, 1), fill=True, comm_sms=8)
+    for wrong in ("1-3-1+sms", "1-3-1+sms0", "1-3-1+sms-8", "1-3-1+sms8+fill", "1-3-1+sms8.5"):
+        with pytest.raises(ValueError, match="how many SMs communication keeps"):
+            parse_shape(wrong, 5)

@@ -31,6 +31,7 @@ from hcms.objects import everyones, firsts
 from hcms.programs.ring import RingProgram
 from hcms.programs.ulysses import UlyssesProgram
 from hcms.race import MARGIN, race
+from hcms.schedule.advice import KEPT_SMS
 from hcms.schedule.choose import choose
 from hcms.schedule.cost import Workload, WorkloadCosts, predict
 from hcms.schedule.plan import Plan, Setting
@@ -304,8 +305,8 @@ class SequenceParallelAttention:
         """The fastest of the shortlist, timed on these ranks as it will be called; the others' buffers are freed."""
         setting = Setting(self.ranks)
         if costs.holds_sms and costs.wire_needs_sms:  # exchanges would wait for attention's end
-            able = everyones(divides(device, _COMM_SMS[0], shared.place_on_card(self.group)), self.group)
-            setting = Setting(self.ranks, comm_sms=_COMM_SMS if all(able) else ())
+            able = everyones(divides(device, KEPT_SMS[0], shared.place_on_card(self.group)), self.group)
+            setting = Setting(self.ranks, comm_sms=KEPT_SMS if all(able) else ())
         plans = firsts(shortlist(costs, shape.heads // self.ranks, setting, [self.method]), self.group)
         size = (shape.batch, shape.local_tokens, shape.heads, shape.head_dim)
         q, k, v = (torch.randn(size, device=device, dtype=torch.float32).to(dtype) for _ in "qkv")
@@ -359,7 +360,6 @@ class SequenceParallelAttention:
         return CpuLanes(self.group, {})
 
 
-_COMM_SMS = (8, 16)  # what an automatic plan may keep for communication
 _WARM_CALLS = 3  # of a plan before it is timed: an eager one, its capture, a replay
 _kernel, _method, _transport = kernel, method, transport  # the class's arguments of these names hide the functions
 

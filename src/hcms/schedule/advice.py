@@ -25,6 +25,7 @@ from hcms.schedule.schedule import Schedule, ring, serial
 from hcms.schedule.zero import zero
 
 USE, LITTLE, DO_NOT = "use it", "little to gain", "do not"
+KEPT_SMS = (8, 16)  # that a plan may keep for communication
 _MOST_CHUNKS = 6
 
 
@@ -45,6 +46,8 @@ class Advice:
         assumed: inputs that nobody published.
         freed_gain: where the kernel holds every SM, the gain of `hcms-zero` if exchanges needed none, as copy engines
             do not; None for other kernels.
+        kept_gain, kept_sms: the gain of `hcms-zero` there with so many SMs kept for NCCL (`+sms8`); None and 0 for
+            other kernels, or a GPU whose SMs are not known.
     """
 
     gpu: Gpu
@@ -64,6 +67,8 @@ class Advice:
     verdict: str
     assumed: tuple[str, ...]
     freed_gain: float | None
+    kept_gain: float | None
+    kept_sms: int
 
     @property
     def fastest(self) -> str:
@@ -114,13 +119,14 @@ def advise(
     gains = [gain, *(_gain(varied(*ends), hcms, M) for ends in product(tflops, gbps, slowdown))]
     # Where communication weighs most and disturbs least, another plan may suit better.
     gains.append(choose(varied(tflops[1], gbps[0], slowdown[0]), heads, ranks, margin=-1.0).gain)
-    freed_gain = None
+    freed_gain, kept_gain, kept_sms = None, None, 0
     if costs.holds_sms:
         gains.append(min(0.0, gain))
         freed = gpu.profile(kernel=kernel, link=link, network=network, wire_needs_sms=False, attention_slowdown=1.0)
-        freed_costs = WorkloadCosts(freed, workload, graph=True)
-        fastest_ms = min(predict(plan, freed_costs).duration_ms for plan in _zeros(M))
-        freed_gain = _baseline_ms(freed_costs, M) / fastest_ms - 1
+        freed_gain = _zeros_gain(WorkloadCosts(freed, workload, graph=True), M)
+        if freed.sms is not None:
+            graphed = WorkloadCosts(costs.profile, workload, graph=True)
+            kept_gain, kept_sms = max((_zeros_gain(graphed, M, sms), sms) for sms in KEPT_SMS)
     assumed = costs.profile.assumed
     if ranks > wire.ranks:
         assumed += gpu.network_assumptions(network)
@@ -142,13 +148,20 @@ def advise(
         verdict=verdict(costs.comm_ratio, min(gains), max(gains)),
         assumed=assumed,
         freed_gain=freed_gain,
+        kept_gain=kept_gain,
+        kept_sms=kept_sms,
     )
 
 
-def _zeros(M: int) -> list[Schedule]:
-    """The plans of `hcms-zero` that are tried, Ulysses' one chunk among them."""
-    cuts = usual_cuts(M, _MOST_CHUNKS)
-    return [zero(cut, ends=(parts, parts), fill=fill) for cut in cuts for parts in (1, 2) for fill in (False, True)]
+def _zeros_gain(costs: WorkloadCosts, M: int, comm_sms: int = 0) -> float:
+    """Of the best plan of `hcms-zero` that is tried over the faster Ulysses."""
+    plans = (
+        zero(cut, ends=(parts, parts), fill=fill, comm_sms=comm_sms)
+        for cut in usual_cuts(M, _MOST_CHUNKS)
+        for parts in (1, 2)
+        for fill in (False, True)
+    )
+    return _baseline_ms(costs, M) / min(predict(plan, costs).duration_ms for plan in plans) - 1
 
 
 def verdict(comm_ratio: float, gain_low: float, gain_high: float) -> str:

@@ -204,6 +204,9 @@ def _predicted_ms(
     return timeline.attention_ms if case.method == "ceiling" else timeline.duration_ms
 
 
+LEAST_TO_HIDE = 0.02  # of packed Ulysses
+
+
 def _compare(records: list[Record]) -> None:
     """Fill in what one record says of another at the same point."""
     latency_ms = {
@@ -221,5 +224,6 @@ def _compare(records: list[Record]) -> None:
         if ring_ms := latency_ms.get("ring"):
             r.speedup_vs_ring = ring_ms / r.latency_ms
         packed_ms, ceiling_ms = latency_ms.get("ulysses-packed"), latency_ms.get("ceiling")
-        if packed_ms and ceiling_ms and packed_ms > ceiling_ms:
+        # Next to no communication is noise, and no share of it says anything.
+        if packed_ms and ceiling_ms and packed_ms - ceiling_ms > LEAST_TO_HIDE * packed_ms:
             r.hidden_fraction = (packed_ms - r.latency_ms) / (packed_ms - ceiling_ms)
