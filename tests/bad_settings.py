@@ -18,7 +18,7 @@ LAYER = [
     (
         "cuts=[1-3-1+sms8]",
         r"cuts=1-3-1\+sms8",
-        "hcms-serial splits no ends, fills no tails and keeps no SMs; hcms-zero",
+        "hcms splits no ends, fills no tails and keeps no SMs; hcms-zero",
     ),
     ("cuts=[1-3-1+sms] methods=[hcms-zero]", r"cuts=1-3-1\+sms", "how many SMs communication keeps"),
     ("cuts=[five]", "cuts=five", "not of the form '1-3-1', 'even:2'"),
