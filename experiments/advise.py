@@ -91,10 +91,12 @@ def run(cfg: Settings, folder: Path | None) -> bool:
 
 def _best(advices: list[Advice]) -> list[str]:
     """A line with for whom the paper's two lanes are not the way, and `hcms-zero` with SMs kept is."""
-    better = [
-        (a, a.kept_gain) for a in advices if a.verdict != USE and verdict(a.comm_ratio, a.kept_gain or 0, 1) == USE
+    each = [
+        f"{a.gpu.name} over {a.link} {a.kept_gain:+.0%} (+sms{a.kept_sms})"
+        for a in advices
+        if a.verdict != USE and a.kept_gain is not None and a.kept_low is not None
+        if verdict(a.comm_ratio, a.kept_low, a.kept_gain) == USE
     ]
-    each = [f"{a.gpu.name} over {a.link} {gain:+.0%} (+sms{a.kept_sms})" for a, gain in better if gain is not None]
     return [f"[{STYLES[USE]}]use hcms-zero[/], SMs kept for NCCL: {', '.join(each)}"] if each else []
 
 
@@ -120,13 +122,13 @@ def _held(advices: list[Advice]) -> list[str]:
     for kernel in dict.fromkeys(a.kernel for a, _ in held):
         freed = [f"{a.gpu.name} over {a.link} {gain:+.0%}" for a, gain in held if a.kernel == kernel]
         kept = [
-            f"{a.gpu.name} over {a.link} {a.kept_gain:+.0%}"
+            f"{a.gpu.name} over {a.link} {a.kept_gain:+.0%} (+sms{a.kept_sms})"
             for a, _ in held
             if a.kernel == kernel and a.kept_gain is not None
         ]
         lines.append(
             f"{kernel} holds every SM until it ends, and NCCL's exchanges wait for it: they hardly overlap, however "
-            f"heads are cut. hcms-zero would give: with SMs kept for NCCL (a plan with +sms8) {', '.join(kept)}; with "
+            f"heads are cut. hcms-zero would give: with SMs kept for NCCL {', '.join(kept) or 'not known'}; with "
             f"exchanges that need no SM (transport=copy-engine, one host) {', '.join(freed)} (as predicted)."
         )
     return lines

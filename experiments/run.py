@@ -189,10 +189,13 @@ def with_gpus(overrides: list[str]) -> list[str]:
     plain = composed([f"+exp={named(overrides).name}"])
     if plain.device == "cpu":
         return overrides
+    from hcms_lab.measure.cases import default_link
+
     has_one = any(o.lstrip("+~").startswith("workload=") for o in overrides)
     full_size = [] if has_one or not hasattr(plain, "workload") else ["workload=wan720p"]
     kinds = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("link.kind=")]
-    of_link = plain.on_link.get(kinds[-1] if kinds else "native" if visible_gpus() > 1 else "ghost", [])
+    kind = kinds[-1] if kinds else "auto"
+    of_link = plain.on_link.get(default_link("cuda") if kind == "auto" else kind, [])
     return [*plain.on_gpus, *of_link, *overrides, *full_size]
 
 

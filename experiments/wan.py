@@ -63,9 +63,12 @@ def writes(cfg: Settings) -> bool:
 def validate(cfg: Settings) -> None:
     """Refuse what could not run, memory included, before any rank starts and before any weight is loaded."""
     check_run(cfg)
-    if link_of(cfg) == "ghost" and not cfg.dry:
+    from hcms.links import links
+
+    link = link_of(cfg)
+    if links()[link].processes == "one" and not cfg.dry:
         raise UsageError(
-            f"link.kind=ghost: {cfg.name} does not run over it; give device=cpu, or start it on several GPUs"
+            f"link.kind={link}: {cfg.name} does not run over it; give device=cpu, or start it on several GPUs"
         )
     if cfg.memory_gib is not None:
         number("memory_gib", cfg.memory_gib, 0, 1e6, above=True)

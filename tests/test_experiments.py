@@ -88,6 +88,38 @@ def test_validates_where_ranks_share_a_card(run: ModuleType, monkeypatch: pytest
         run.script(cfg.kind).grid(run.composed(run.with_gpus([f"+exp={name}", "link.kind=shared", "ranks=16"])))
 
 
+@pytest.mark.parametrize(("gpus", "typed"), [(2, []), (2, ["link.kind=auto"]), (2, ["link.kind=native-host"]), (1, [])])
+def test_a_run_with_its_own_settings_is_whole(
+    run: ModuleType, monkeypatch: pytest.MonkeyPatch, gpus: int, typed: list[str]
+) -> None:
+    """Whether the link was named or found: what the experiment has for it is what it is held against."""
+    pretend_gpus(monkeypatch, gpus)
+    for name in ("fig1", "fig3", "fig5"):
+        cfg = run.composed(run.with_gpus([f"+exp={name}", *typed]))
+        own = run.composed(run.with_gpus([f"+exp={name}", f"link.kind={cfg.link.kind}"]))
+        assert reductions(cfg, own) == []
+        assert ("hcms-zero@tapered:5x2+fill+sms8" in cfg.methods) == (gpus > 1)
+
+
+def test_the_host_between_cards_is_what_it_says(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run over NVLink is recorded as one through the host's memory."""
+    pretend_gpus(monkeypatch, 2)
+
+    def refused(*overrides: str) -> str:
+        cfg = run.composed(run.with_gpus(["+exp=fig3", "link.kind=native-host", *overrides]))
+        with pytest.raises(UsageError) as caught:
+            run.script(cfg.kind).validate(cfg)
+        return str(caught.value)
+
+    assert "transport=copy-engine: it goes past NCCL" in refused("transport=copy-engine")
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "0")
+    assert "made by NCCL_P2P_DISABLE=1" in refused()
+    monkeypatch.delenv("NCCL_P2P_DISABLE")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert "made by NCCL_P2P_DISABLE=1" in refused()
+
+
 def test_ranks_of_several_hosts(run: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two hosts of four GPUs: eight ranks over the real link, whether or not the command counts them."""
     pretend_gpus(monkeypatch, 4)

@@ -35,6 +35,22 @@ def agree(group: dist.ProcessGroup, value: Any, what: str) -> None:
         raise ValueError(f"ranks differ in {what}: {by_value}")
 
 
+def together(group: dist.ProcessGroup, call: Callable[[], object]) -> None:
+    """Do something on every rank; where it fails on one, it fails on all.
+
+    Raises:
+        RuntimeError: what the first rank that failed says.
+    """
+    problem = ""
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        problem = str(error)
+    for said in everyones(problem, group):
+        if said:
+            raise RuntimeError(said)
+
+
 def given_by_first(group: dist.ProcessGroup, make: Callable[[], T]) -> T:
     """What `make()` returns on the group's first rank, on every rank; nobody else calls it. Collective.
 

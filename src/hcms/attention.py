@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hcms.agree import agree, given_by_first
+from hcms.agree import agree, given_by_first, together
 from hcms.calibrate import calibrate
 from hcms.ending import let_go_at_exit
 from hcms.hardware import hardware
@@ -34,7 +34,7 @@ from hcms.race import MARGIN, race
 from hcms.schedule.advice import KEPT_SMS
 from hcms.schedule.choose import choose
 from hcms.schedule.cost import Workload, WorkloadCosts, predict
-from hcms.schedule.plan import Plan, Setting
+from hcms.schedule.plan import Chosen, Plan, Setting
 from hcms.schedule.profile import Profile, load
 from hcms.schedule.schedule import COMM, COMM_OUT, COMPUTE, First, Schedule
 from hcms.schedule.timeline import Timeline
@@ -84,7 +84,8 @@ class SequenceParallelAttention:
             do not pay, by the profile (rank 0's word). Ignored by methods that cut nothing.
         kernel: a name from `hcms.kernels.KERNELS`.
         prefetch, first: see `two_lane`.
-        profile: for `plan="auto"`, a profile or its path; measured on the first call of a shape if None.
+        profile: for `plan="auto"`, a profile or its path; measured on the first call of a shape if None. What it
+            remembers of a trial is taken at its word: after a first call, `attention.profile.save(path)` keeps both.
         transport: a name of `hcms.transport.transports()`: `collective`, or `copy-engine` between GPUs of one host,
             for which any backend will do.
         graph: `auto` captures a repeated shape's whole call on CUDA once and replays it (`hcms.lanes.graph`); `off`
@@ -133,6 +134,7 @@ class SequenceParallelAttention:
         self.schedule: Schedule | None = None  # of the last call
         self.plan_reason: str | None = None
         self.predicted_ms: float | None = None
+        self.profile: Profile | None = None  # what the shape that was planned last stands on, its trial included
         self.replayed = False  # whether the last call was a graph's replay
         self._lanes: Lanes | None = None
         self._layers: OrderedDict[Any, _Layer] = OrderedDict()  # the shape that was used last comes last
@@ -225,8 +227,9 @@ class SequenceParallelAttention:
         return self._build(schedule, shape, dtype, device)
 
     def _build(self, schedule: Schedule, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> _Layer:
-        assert self._lanes is not None
-        self._lanes.prepare(schedule)
+        if schedule.comm_sms:
+            assert self._lanes is not None
+            together(self.group, partial(self._lanes.prepare, schedule))
         if schedule.name == "ring":
             rank = dist.get_rank(self.group)
             return _Layer(schedule, RingProgram(self.ranks, rank, shape, dtype, device, self.kernel))
@@ -270,9 +273,23 @@ class SequenceParallelAttention:
         workload = Workload(
             shape.local_tokens * self.ranks, shape.heads, self.ranks, shape.head_dim, shape.batch, profile.dtype
         )
+        asked = Chosen(
+            self.method, workload.seq_len, shape.heads, shape.batch, self._transport.name, self.graph == "auto"
+        )
+        profile = self.profile = firsts(profile, self.group)
+        for chosen in profile.chosen:
+            if chosen.question == asked:
+                self.plan_reason = f"{chosen.method} {chosen.cut}: fastest in a trial that the profile remembers"
+                schedule = build_schedule(
+                    chosen.method, chosen.cut, workload.heads_a_rank, self.ranks, on_host=device.type == "cpu"
+                )
+                return self._build(schedule, shape, dtype, device)
         costs = WorkloadCosts(profile, workload, graph=self.graph == "auto", sustained=True)
         if device.type == "cuda" and self.ranks > 1 and workload.heads_a_rank > 1:
-            return self._raced(costs, shape, dtype, device)
+            layer, winner = self._raced(costs, shape, dtype, device)
+            chosen = replace(asked, method=winner.method, cut=str(winner.shape))
+            self.profile = replace(profile, chosen=(*profile.chosen, chosen))
+            return layer
         if self.method != "hcms":
             return self._predicted(costs, shape, dtype, device)
         choice = firsts(choose(costs, shape.heads, self.ranks), self.group)
@@ -301,12 +318,16 @@ class SequenceParallelAttention:
                 return layer
         raise AssertionError("Ulysses fits every shape")
 
-    def _raced(self, costs: WorkloadCosts, shape: LayerShape, dtype: torch.dtype, device: torch.device) -> _Layer:
+    def _raced(
+        self, costs: WorkloadCosts, shape: LayerShape, dtype: torch.dtype, device: torch.device
+    ) -> tuple[_Layer, Plan]:
         """The fastest of the shortlist, timed on these ranks as it will be called; the others' buffers are freed."""
         setting = Setting(self.ranks)
         if costs.holds_sms and costs.wire_needs_sms:  # exchanges would wait for attention's end
-            able = everyones(divides(device, KEPT_SMS[0], shared.place_on_card(self.group)), self.group)
-            setting = Setting(self.ranks, comm_sms=KEPT_SMS if all(able) else ())
+            place = shared.place_on_card()
+            able = everyones([divides(device, sms, place) for sms in KEPT_SMS], self.group)
+            kept = tuple(sms for sms, each in zip(KEPT_SMS, zip(*able, strict=True), strict=True) if all(each))
+            setting = Setting(self.ranks, comm_sms=kept)
         plans = firsts(shortlist(costs, shape.heads // self.ranks, setting, [self.method]), self.group)
         size = (shape.batch, shape.local_tokens, shape.heads, shape.head_dim)
         q, k, v = (torch.randn(size, device=device, dtype=torch.float32).to(dtype) for _ in "qkv")
@@ -332,7 +353,7 @@ class SequenceParallelAttention:
         self.plan_reason, self.predicted_ms = raced.reason, None
         for layer in layers.values():
             layer.graphs = None  # those of the trial's own tensors; they hold the layers that lost, too
-        return layers[raced.winner]
+        return layers[raced.winner], raced.winner
 
     def _make_lanes(self, device: torch.device) -> Lanes:
         backend = _backend(self.group, device.type)
@@ -341,7 +362,7 @@ class SequenceParallelAttention:
         if backend == ghost.NAME and not self._transport.collectives:
             raise ValueError(f"transport={self._transport.name!r}: a ghost's peers have no memory to write to")
         if device.type == "cuda":
-            lanes, place = self._method.lanes, shared.place_on_card(self.group)
+            lanes, place = self._method.lanes, shared.place_on_card()
             if self.plan == "auto" and self._method.cuts:
                 lanes = (COMM, COMM_OUT)  # whatever is chosen, for this shape or the next
             # Without communicators each lane's works go on the lane's own stream.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import product
 
 from hcms.methods import METHODS
@@ -40,7 +41,10 @@ def shortlist(
         if METHODS[name].thins and heads_a_rank >= _PROVEN
         for sms in (0, *setting.comm_sms[:1])
     ]
-    chunked = dict.fromkeys([*(plan for _, plan in by_time[:most]), *proven])
+    # How fast the link is with few blocks is not known: the best is tried with and without SMs kept.
+    best = [plan for _, plan in by_time[:1] if METHODS[plan.method].thins]
+    twins = [replace(plan, comm_sms=sms) for plan in best for sms in (0, *setting.comm_sms[:1])]
+    chunked = dict.fromkeys([*(plan for _, plan in by_time[:most]), *twins, *proven])
     return [*(Plan(name, whole) for name in BASELINES), *chunked]
 
 

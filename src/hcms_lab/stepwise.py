@@ -41,7 +41,7 @@ class Step:
 
 
 def listed(steps: Sequence[Step], output: Path) -> str:
-    return "\n".join(f"{'done' if step.done(output) else 'to do':6} {step.link:6} {step.name}" for step in steps)
+    return "\n".join(f"{'done' if step.done(output) else 'to do':6} {step.link:8} {step.name}" for step in steps)
 
 
 def run_steps(steps: Sequence[Step], output: Path, ends_s: float, settings: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ attention may not use all, the exchange runs beside it: attention loses its shar
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from hcms.schedule.schedule import COMM, COMM_OUT, COMPUTE_LANES
 
+_MPS_SHARE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 NEEDS = "a plan with +sms needs cuda-bindings: pip install 'hcms[copy-engine]'"
 
 
@@ -57,7 +59,7 @@ def divides(device: torch.device, comm_sms: int, place: tuple[int, int] = (0, 1)
     """Whether `own_sms` can be had here."""
     try:
         own_sms(device, comm_sms, place)
-    except RuntimeError:
+    except (RuntimeError, AttributeError):  # cuda-bindings may be too old to know green contexts
         return False
     return True
 
@@ -85,6 +87,6 @@ _contexts: list[Any] = []
 def _checked(answer: tuple[Any, ...], comm_sms: int) -> Any:
     """What a driver call returned, without its status."""
     if int(answer[0]) != 0:
-        hint = "; under MPS give CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=100"
+        hint = f"; give {_MPS_SHARE}=100" if _MPS_SHARE in os.environ else ""
         raise RuntimeError(f"+sms{comm_sms}: this card cannot be divided so ({answer[0].name}){hint}")
     return answer[1] if len(answer) == 2 else answer[1:]

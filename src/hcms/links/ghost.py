@@ -133,6 +133,7 @@ def start(
     rank: int, ranks: int, device: torch.device, timeout: timedelta, store: dist.Store | None
 ) -> dist.ProcessGroup:
     """The default group of one rank of `ranks`; it answers control traffic itself."""
+    WIRE.engine = "copy"
     dist.init_process_group(NAME, rank=0, world_size=ranks, store=dist.HashStore(), timeout=timeout)
     group = dist.group.WORLD
     assert group is not None

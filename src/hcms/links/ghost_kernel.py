@@ -49,8 +49,9 @@ def move(out: tuple[Tensor, Tensor] | None, into: tuple[Tensor, Tensor] | None) 
     if triton is None:
         raise RuntimeError("link.kind=ghost-sm needs Triton, which torch's CUDA builds bring")
     given: list[Any] = []
+    ways = [pair for pair in (out, into) if pair is not None]
     for pair in (out, into):
-        target, source = pair or out or into or (torch.empty(0), torch.empty(0))
+        target, source = pair if pair is not None else ways[0]  # of which nothing is moved
         if target.nbytes % 8:
             raise ValueError(f"ghost-sm moves multiples of 8 bytes, not {target.nbytes}")
         given += [target.view(torch.int64), source.view(torch.int64), target.nbytes // 8 if pair else 0]

@@ -16,8 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from hcms.links import ghost_kernel
-
 _ALIGN = 256
 _SCRATCH_BYTES = 64 << 20
 
@@ -45,7 +43,8 @@ class _Sides:
 class Wire:
     """The card's way to its host: pinned memory that holds what leaves, what should have, and what arrives.
 
-    `engine` says what moves the bytes: `copy` engines, or a kernel on SMs (`sm`), on the calling stream as NCCL's.
+    `engine` says what moves the bytes: `copy` engines, or a kernel on SMs (`sm`): an exchange's on the calling stream,
+    as NCCL's; a send's and a receive's beside it, a stream a way.
     """
 
     def __init__(self) -> None:
@@ -137,7 +136,7 @@ class Wire:
                 arriving.copy_(_bytes(leaves), non_blocking=True)
                 _bytes(arrives).copy_(arriving, non_blocking=True)
             elif self.engine == "sm":  # on the calling stream, whose SMs may be communication's own
-                ghost_kernel.move((left, leaves), (arrives, arriving))
+                _move((left, leaves), (arrives, arriving))
             else:
                 self._out(sides, left, leaves)
                 self._in(sides, arrives, arriving)
@@ -215,14 +214,14 @@ class Wire:
     def _out(self, sides: _Sides, left: Tensor, leaves: Tensor) -> None:
         with torch.cuda.stream(sides.out):
             if self.engine == "sm":
-                return ghost_kernel.move((left, _bytes(leaves)), None)
+                return _move((left, _bytes(leaves)), None)
             left.copy_(_bytes(leaves), non_blocking=True)
             self._again(leaves.nbytes, out=True)
 
     def _in(self, sides: _Sides, arrives: Tensor, arriving: Tensor) -> None:
         with torch.cuda.stream(sides.into):
             if self.engine == "sm":
-                return ghost_kernel.move(None, (_bytes(arrives), arriving))
+                return _move(None, (_bytes(arrives), arriving))
             _bytes(arrives).copy_(arriving, non_blocking=True)
             self._again(arrives.nbytes, out=False)
 
@@ -263,6 +262,12 @@ def done(result: Any) -> Future:
     future: Future = Future()
     future.set_result(result)
     return future
+
+
+def _move(out: tuple[Tensor, Tensor] | None, into: tuple[Tensor, Tensor] | None) -> None:
+    from hcms.links.ghost_kernel import move  # imports Triton, which nothing else here needs
+
+    move(out, into)
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from hcms.links import Link
 from hcms.links.native import start
 
+P2P_DISABLE = "NCCL_P2P_DISABLE"
+
 LINK = Link(
     "native-host",
     "a card each, NCCL through the host's memory",
     ("cuda",),
     "each",
     start,
-    environment={"NCCL_P2P_DISABLE": "1"},
+    environment={P2P_DISABLE: "1"},
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 import torch.distributed as dist
 
 from hcms.links import Link
@@ -17,9 +18,10 @@ from hcms.links.native import start
 _SHARES = "NCCL_MULTI_RANK_GPU_ENABLE"
 
 
-def place_on_card(group: dist.ProcessGroup) -> tuple[int, int]:
-    """`(i, n)`: this rank is the i-th of n that share its card."""
-    return (group.rank(), group.size()) if os.environ.get(_SHARES) == "1" else (0, 1)
+def place_on_card() -> tuple[int, int]:
+    """`(i, n)`: this process is the i-th of n that share its card: all ranks, where NCCL was told that they do."""
+    sharing = os.environ.get(_SHARES) == "1" and torch.cuda.device_count() == 1
+    return (dist.get_rank(), dist.get_world_size()) if sharing else (0, 1)
 
 
 LINK = Link(

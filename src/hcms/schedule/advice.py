@@ -46,8 +46,9 @@ class Advice:
         assumed: inputs that nobody published.
         freed_gain: where the kernel holds every SM, the gain of `hcms-zero` if exchanges needed none, as copy engines
             do not; None for other kernels.
-        kept_gain, kept_sms: the gain of `hcms-zero` there with so many SMs kept for NCCL (`+sms8`); None and 0 for
-            other kernels, or a GPU whose SMs are not known.
+        kept_gain, kept_low, kept_sms: the gain of `hcms-zero` there with so many SMs kept for NCCL (`+sms8`), and its
+            lower end, as of `gain`, if a few blocks of NCCL's are as fast as many; None and 0 for other kernels, or a
+            GPU whose SMs are not known.
     """
 
     gpu: Gpu
@@ -68,6 +69,7 @@ class Advice:
     assumed: tuple[str, ...]
     freed_gain: float | None
     kept_gain: float | None
+    kept_low: float | None
     kept_sms: int
 
     @property
@@ -119,14 +121,18 @@ def advise(
     gains = [gain, *(_gain(varied(*ends), hcms, M) for ends in product(tflops, gbps, slowdown))]
     # Where communication weighs most and disturbs least, another plan may suit better.
     gains.append(choose(varied(tflops[1], gbps[0], slowdown[0]), heads, ranks, margin=-1.0).gain)
-    freed_gain, kept_gain, kept_sms = None, None, 0
+    freed_gain, kept_gain, kept_low, kept_sms = None, None, None, 0
     if costs.holds_sms:
         gains.append(min(0.0, gain))
         freed = gpu.profile(kernel=kernel, link=link, network=network, wire_needs_sms=False, attention_slowdown=1.0)
-        freed_gain = _zeros_gain(WorkloadCosts(freed, workload, graph=True), M)
+        freed_costs = WorkloadCosts(freed, workload, graph=True)
+        freed_gain = _gain(freed_costs, _best_zero(freed_costs, M, 0), M)
         if freed.sms is not None:
             graphed = WorkloadCosts(costs.profile, workload, graph=True)
-            kept_gain, kept_sms = max((_zeros_gain(graphed, M, sms), sms) for sms in KEPT_SMS)
+            best = min((_best_zero(graphed, M, sms) for sms in KEPT_SMS), key=lambda p: predict(p, graphed).duration_ms)
+            ends = [WorkloadCosts(varied(*e).profile, workload, graph=True) for e in product(tflops, gbps, slowdown)]
+            kept_gain, kept_sms = _gain(graphed, best, M), best.comm_sms
+            kept_low = min(kept_gain, *(_gain(end, best, M) for end in ends))
     assumed = costs.profile.assumed
     if ranks > wire.ranks:
         assumed += gpu.network_assumptions(network)
@@ -149,19 +155,20 @@ def advise(
         assumed=assumed,
         freed_gain=freed_gain,
         kept_gain=kept_gain,
+        kept_low=kept_low,
         kept_sms=kept_sms,
     )
 
 
-def _zeros_gain(costs: WorkloadCosts, M: int, comm_sms: int = 0) -> float:
-    """Of the best plan of `hcms-zero` that is tried over the faster Ulysses."""
+def _best_zero(costs: WorkloadCosts, M: int, comm_sms: int) -> Schedule:
+    """The plan of `hcms-zero` that is predicted to be fastest of those that are tried."""
     plans = (
         zero(cut, ends=(parts, parts), fill=fill, comm_sms=comm_sms)
         for cut in usual_cuts(M, _MOST_CHUNKS)
         for parts in (1, 2)
         for fill in (False, True)
     )
-    return _baseline_ms(costs, M) / min(predict(plan, costs).duration_ms for plan in plans) - 1
+    return min(plans, key=lambda plan: predict(plan, costs).duration_ms)
 
 
 def verdict(comm_ratio: float, gain_low: float, gain_high: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hcms.schedule.cut import Cut, Shape
 from hcms.schedule.schedule import First
@@ -35,6 +35,32 @@ class Plan:
     def shape(self) -> Shape:
         """The cut with what is done at its ends, as text writes it."""
         return Shape(self.cut, self.ends, self.fill, self.comm_sms)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a trial on some ranks found fastest for one layer, as a profile remembers it.
+
+    Args:
+        asked: the method that was to be planned.
+        seq_len, heads, batch: the layer, over all ranks.
+        transport, graph: how it was called.
+        method, cut: what won, the cut as text.
+    """
+
+    asked: str
+    seq_len: int
+    heads: int
+    batch: int
+    transport: str
+    graph: bool
+    method: str = ""
+    cut: str = ""
+
+    @property
+    def question(self) -> Chosen:
+        """What was asked, without the answer."""
+        return replace(self, method="", cut="")
 
 
 @dataclass(frozen=True, slots=True)

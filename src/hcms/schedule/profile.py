@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from hcms.schedule.plan import Chosen
+
 SCHEMA = 1
 TILE_ROWS = 128  # queries that one SM attends to at a time in the flash-attention family at head size 128
 
@@ -75,6 +77,7 @@ class Profile:
         sms: streaming multiprocessors that attention's tiles are spread over; None knows no waves (CPU).
         ports: 1 where exchanges and returns share the link's bandwidth, 2 where a third lane has its own.
         assumed: inputs that nobody measured, in words.
+        chosen: what trials on these ranks chose.
     """
 
     hardware: str
@@ -102,6 +105,7 @@ class Profile:
     sms: int | None = None
     ports: int = 1
     assumed: tuple[str, ...] = ()
+    chosen: tuple[Chosen, ...] = ()
     schema: int = SCHEMA
 
     def attention_ms(self, seq_len: int, heads: int, batch: int = 1, *, parts: int = 1, without_sms: int = 0) -> float:
@@ -132,14 +136,14 @@ class Profile:
         """The share of a call's time that its last wave of tiles takes, where that leaves SMs to others; else 0."""
         if self.sms is None:
             return 0.0
-        waves = batch * heads * math.ceil(seq_len / parts / TILE_ROWS) / (self.sms - without_sms)
+        waves = batch * heads * math.ceil(seq_len / parts / TILE_ROWS) / max(1, self.sms - without_sms)
         return 0.0 if waves == math.ceil(waves) else 1 / math.ceil(waves)
 
     def _work(self, seq_len: int, heads: int, batch: int, parts: int = 1, without_sms: int = 0) -> float:
         """Query-key pairs that the hardware spends time on."""
         if self.sms is None:
             return batch * heads * seq_len**2 / parts
-        waves = math.ceil(batch * heads * math.ceil(seq_len / parts / TILE_ROWS) / (self.sms - without_sms))
+        waves = math.ceil(batch * heads * math.ceil(seq_len / parts / TILE_ROWS) / max(1, self.sms - without_sms))
         return float(waves * self.sms * TILE_ROWS * seq_len)
 
     def _at_length_ms(self, length: int, work: float) -> float:
@@ -191,7 +195,7 @@ class Profile:
     def save(self, path: Path) -> None:
         """Write this profile as YAML."""
         plain = asdict(self)
-        for name in ("attend", "levels", "assumed"):
+        for name in ("attend", "levels", "assumed", "chosen"):
             plain[name] = list(plain[name])
         path.parent.mkdir(parents=True, exist_ok=True)
         head = "# Times of attention and exchange on these ranks; GB is 10^9 bytes. Written by +exp=calibrate.\n"
@@ -237,11 +241,13 @@ def load(path: Path | str, **wanted: Any) -> Profile:
     try:
         attend = tuple(AttendPoint(**p) for p in plain.pop("attend"))
         levels = tuple(Level(**level) for level in plain.pop("levels"))
+        chosen = tuple(Chosen(**choice) for choice in plain.pop("chosen", ()))
     except TypeError as error:
-        raise ValueError(f"{path}: attend or levels: {error}") from None
+        raise ValueError(f"{path}: attend, levels or chosen: {error}") from None
     if not attend or not levels:
         raise ValueError(f"{path}: attend or levels is empty, wanted at least one point and one level; {again}")
-    return Profile(**{**plain, "assumed": tuple(plain.get("assumed", ()))}, attend=attend, levels=levels)
+    assumed = tuple(plain.pop("assumed", ()))
+    return Profile(**plain, assumed=assumed, attend=attend, levels=levels, chosen=chosen)
 
 
 def _check_type(path: Path, name: str, value: Any, annotation: str) -> None:

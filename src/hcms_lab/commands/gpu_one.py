@@ -1,10 +1,11 @@
 """Everything that one GPU can tell, in calls of under ten minutes: `make gpu-one` until it says that all is done.
 
-First every experiment that one card can stand for as one rank of P (`link.kind=ghost`), then those that two NCCL ranks
-on it can show (`link.kind=shared`; left out, with the reason, where there is no NCCL for that), then tests of the CUDA
-lanes (races, sanitizer, memory checker), the cost of attention by heads and tokens, of packing and of the machinery,
-and one denoising step of Wan2.2-A14B with random weights. What has ended is not run again, an experiment that was cut
-off goes on. Records are appended as they are made. Place what came out with
+First every experiment that one card can stand for as one rank of P (`link.kind=ghost`), Figure 3 again with its bytes
+moved by SMs (`ghost-sm`), then those that two NCCL ranks on it can show (`link.kind=shared`; left out, with the reason,
+where there is no NCCL for that), then tests of the CUDA lanes (races, sanitizer, memory checker), the cost of attention
+by heads and tokens, of packing and of the machinery, and one denoising step of Wan2.2-A14B with random weights. What
+has ended is not run again, an experiment that was cut off goes on. Records are appended as they are made. Place what
+came out with
 
     hcms-lab contribute outputs/gpu-one/ghost/fig3/latest        # each of the experiments
     hcms-lab contribute outputs/gpu-one/shared/fig3/latest --variant shared
@@ -38,7 +39,7 @@ from hcms_lab.stepwise import Step, listed, run_steps
 
 EXPERIMENTS = ("fig3", "fig4", "fig5", "fig1", "fig2", "fig8", "table2", "table3", "table5")
 SHARED = ("fig3", "fig1", "table2", "table5")
-STEPS = [Step(name, "ghost") for name in EXPERIMENTS]
+STEPS = [Step(name, "ghost") for name in EXPERIMENTS] + [Step("fig3", "ghost-sm", settings=("link.kind=ghost-sm",))]
 SHARED_STEPS = [Step(name, "shared", settings=("link.kind=shared",)) for name in SHARED]
 PARTS = ("experiments", "tests", "attend", "copies", "machinery", "layers", "wan")
 DONE = "parts.txt"  # in the output folder: the parts that have ended, a line each
@@ -61,7 +62,9 @@ def run_tests(folder: Path) -> Iterator[tuple[str, bool, str]]:
         str(ROOT),
     ]
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"}
+    own_sms = str(ROOT / "tests" / "test_own_sms.py")
     runs = [
+        ("SMs of communication's own", [*pytest, own_sms], {"HCMS_RACE_ROUNDS": "20"}, 60),
         ("cuda tests, 1,000 race rounds", [*pytest, test], {"HCMS_RACE_ROUNDS": "1000"}, 240),
         ("stream sanitizer", [*pytest, test, "-k", "serial and not race"], {"TORCH_CUDA_SANITIZER": "1"}, 90),
     ]

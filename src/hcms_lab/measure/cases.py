@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -79,14 +80,19 @@ def device_of(cfg: BaseConfig) -> str:
     return cfg.device
 
 
+def default_link(device: str) -> str:
+    """What `link.kind=auto` is here."""
+    several = visible_gpus() > 1 or (started_ranks() or 0) > 1
+    return "emulated" if device == "cpu" else "native" if several else "ghost"
+
+
 def link_of(cfg: Config) -> str:
     """The link's name: as configured, or by what is here: several GPUs' own, one GPU's ghost, emulated on CPU."""
     from hcms.links import links
 
     device, kind = device_of(cfg), cfg.link.kind
     if kind == "auto":
-        several = visible_gpus() > 1 or (started_ranks() or 0) > 1
-        return "emulated" if device == "cpu" else "native" if several else "ghost"
+        return default_link(device)
     one_of("link.kind", kind, ("auto", *links()))
     if device not in links()[kind].devices:
         able = ", ".join(name for name, link in links().items() if device in link.devices)
@@ -96,6 +102,10 @@ def link_of(cfg: Config) -> str:
         if started_ranks():
             raise UsageError(f"link.kind={kind}: torchrun starts no daemon for ranks that share a card; run without it")
         check_one_card()
+    from hcms.links.native_host import P2P_DISABLE
+
+    if kind == "native-host" and os.environ.get(P2P_DISABLE, None if started_ranks() else "1") != "1":
+        raise UsageError(f"link.kind={kind}: it is made by {P2P_DISABLE}=1; set that before the ranks start")
     return kind
 
 
@@ -231,6 +241,8 @@ def check_transport(cfg: Config) -> None:
     chosen, device, link = transports()[cfg.transport], device_of(cfg), link_of(cfg)
     if device not in chosen.devices:
         raise UsageError(f"transport={cfg.transport}: it carries no tensors on {device}; leave it at collective")
+    if not chosen.collectives and link == "native-host":
+        raise UsageError(f"transport={cfg.transport}: it goes past NCCL, not through the host; give link.kind=native")
     if not chosen.collectives and links()[link].processes == "one":
         raise UsageError(f"transport={cfg.transport}: over link.kind={link} there are no peers to write to")
 

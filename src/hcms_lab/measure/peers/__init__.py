@@ -34,6 +34,7 @@ class Entry:
         distribution: whose version is recorded.
         package: what it is imported as, where that is another name.
         gpus_only: it has no path without CUDA and NCCL.
+        mixes: it lays K and V out anew before it sends them, so that a ghost cannot tell what its peers would send.
         options: keyword arguments of `attention`.
     """
 
@@ -43,6 +44,7 @@ class Entry:
     distribution: str
     package: str = ""
     gpus_only: bool = False
+    mixes: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,6 +79,7 @@ def peer(name: str, kernel: str, group: dist.ProcessGroup | None) -> Peer:
     import torch.distributed as dist
 
     from hcms.kernels import kernel as kernel_named
+    from hcms.links import ghost
     from hcms_lab.measure.peer_contestant import Peer
 
     if name not in PEERS:
@@ -88,6 +91,8 @@ def peer(name: str, kernel: str, group: dist.ProcessGroup | None) -> Peer:
     assert group is not None
     if entry.gpus_only and dist.get_backend(group) != "nccl":
         raise ValueError(f"{name} runs on GPUs over NCCL only; this group is {dist.get_backend(group)!r}")
+    if entry.mixes and dist.get_backend(group) == ghost.NAME:
+        raise ValueError(f"{name} sends K and V in a form of its own, which a ghost's peers cannot answer")
     attention = entry.attention(kernel_named(kernel), group, **entry.options)
     return Peer(name, kernel, group, attention, version(entry.distribution))
 

@@ -63,4 +63,4 @@ def _operation(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, dict[
 
 
 for _name, _rotate in (("torch-context-parallel", "allgather"), ("torch-context-parallel-alltoall", "alltoall")):
-    register(Entry(_name, "ring", attention, "torch", options={"rotate": _rotate}))
+    register(Entry(_name, "ring", attention, "torch", mixes=True, options={"rotate": _rotate}))
