@@ -31,8 +31,8 @@ WRITES = False
 LEGEND = (
     "Times are of one attention layer. rho is the share of communication in Ulysses: wire alone, and with copies "
     "and latency. Ulysses is the faster of three exchanges and one packed exchange; the gain is HCMS's over it, with "
-    "attention and link 10 % off either way or in the catalogue's ranges. Use it: rho >= 20 % and a gain of 1 % at "
-    "least, or rho >= 10 % and 5 % at least. Do not: a gain below 1 % at most. Otherwise there is little to gain."
+    "attention and link 10 % off either way or in the catalogue's ranges (low to high). Use it: rho >= 20 % and a low "
+    "end of 1 % at least, or rho >= 10 % and 5 % at least. Do not: a high end below 1 %. Otherwise little."
 )
 STYLES = {USE: "green", LITTLE: "yellow", DO_NOT: "red"}
 
@@ -127,9 +127,10 @@ def _held(advices: list[Advice]) -> list[str]:
             if a.kernel == kernel and a.kept_gain is not None
         ]
         lines.append(
-            f"{kernel} holds every SM until it ends, and NCCL's exchanges wait for it: they hardly overlap, however "
-            f"heads are cut. hcms-zero would give: with SMs kept for NCCL {', '.join(kept) or 'not known'}; with "
-            f"exchanges that need no SM (transport=copy-engine, one host) {', '.join(freed)} (as predicted)."
+            f"{kernel} holds every SM until it ends, and NCCL's exchanges wait for it: one overlaps only where it "
+            "happens to begin first, as the gains of hcms assume. hcms-zero would give: with SMs kept for NCCL "
+            f"{', '.join(kept) or 'not known'}; with exchanges that need no SM (transport=copy-engine, one host) "
+            f"{', '.join(freed)} (as predicted)."
         )
     return lines
 

@@ -5,8 +5,9 @@
     python experiments/run.py --check +exp=fig3 ranks=5            # say whether that could run, start nothing
     python experiments/run.py +exp=fig3 --cfg job                  # show all settings, run nothing
 
-A bad setting gets one line and exit status 2, before anything starts or is written; a failed case or a wrong result
-exits with 1 and keeps all records.
+A bad setting gets one line and exit status 2, before anything starts or is written, unless only ranks can tell (a
+link.ratio that this machine's own exchange exceeds); a failed case or a wrong result exits with 1 and keeps all
+records.
 """
 
 from __future__ import annotations

@@ -47,13 +47,17 @@ def test_what_a_profile_remembers_of_a_trial_is_taken() -> None:
 def test_what_is_remembered_is_kept_in_a_file(tmp_path: Path) -> None:
     chosen = (Chosen("hcms", 1024, 10, 1, "collective", True, "hcms-zero", "1x2-3-1+sms8"),)
     profile = replace(catalogue.gpu("h100").profile(), chosen=chosen)
-    profile.save(tmp_path / "profile.yaml")
+    profile.save(str(tmp_path / "profile.yaml"))
     assert load(tmp_path / "profile.yaml").chosen == chosen
     for wrong, said in (([{"asked": "hcms"}], "attend, levels or chosen"), (3, "chosen is 3, wanted a list")):
         plain = yaml.safe_load((tmp_path / "profile.yaml").read_text()) | {"chosen": wrong}
         (tmp_path / "damaged.yaml").write_text(yaml.safe_dump(plain))
         with pytest.raises(ValueError, match=said):
             load(tmp_path / "damaged.yaml")
+    for wrong in (-5.0, 0.0, float("nan"), float("inf")):
+        replace(profile, attend=(replace(profile.attend[0], ms=wrong),)).save(tmp_path / "impossible.yaml")
+        with pytest.raises(ValueError, match="a time or a rate that cannot be"):
+            load(tmp_path / "impossible.yaml")
 
 
 _ENDS = """

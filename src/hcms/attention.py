@@ -117,7 +117,7 @@ class SequenceParallelAttention:
         let_go_at_exit(self)
         self.ranks = dist.get_world_size(self.group)
         self._method = _method(method)
-        self.method, self.plan = method, plan
+        self.method, self.plan, self.transport = method, plan, transport
         self.kernel: Kernel = _kernel(kernel)
         if self._method.needs_lse and not self.kernel.gives_lse:
             raise ValueError(f"{method} needs a kernel that gives its log-sum-exp; {kernel!r} does not")

@@ -101,7 +101,7 @@ def parse_shape(text: str | int, heads: int) -> Shape:
     text = str(text).strip()
     plain, _, sms = text.partition("+sms")
     if plain != text and not re.fullmatch(r"[1-9]\d{0,3}", sms):
-        raise ValueError(f"cut {text!r}: +sms takes how many SMs communication keeps, last, as in '1-3-1+fill+sms8'")
+        raise ValueError(f"cut {text!r}: +sms takes how many SMs communication keeps, 1 to 9999, last: '1-3-1+sms8'")
     filled = plain.endswith("+fill")
     chunks = plain.removesuffix("+fill").split("-")
     found: list[int] = []

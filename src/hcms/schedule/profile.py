@@ -192,9 +192,9 @@ class Profile:
         if inside < ranks:
             raise ValueError(f"{self.hardware}: link {self.link!r} connects at most {inside} ranks, not {ranks}")
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write this profile as YAML."""
-        plain = asdict(self)
+        path, plain = Path(path), asdict(self)
         for name in ("attend", "levels", "assumed", "chosen"):
             plain[name] = list(plain[name])
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,6 +246,8 @@ def load(path: Path | str, **wanted: Any) -> Profile:
         raise ValueError(f"{path}: attend, levels or chosen: {error}") from None
     if not attend or not levels:
         raise ValueError(f"{path}: attend or levels is empty, wanted at least one point and one level; {again}")
+    if not all(0 < p.ms < math.inf for p in attend) or not all(x.gbps > 0 and x.latency_ms >= 0 for x in levels):
+        raise ValueError(f"{path}: attend or levels: a time or a rate that cannot be; {again}")
     assumed = tuple(plain.pop("assumed", ()))
     return Profile(**plain, assumed=assumed, attend=attend, levels=levels, chosen=chosen)
 

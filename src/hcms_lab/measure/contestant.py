@@ -126,7 +126,8 @@ def path_of(attention: SequenceParallelAttention, kernel_runs: str | None = None
         return "nothing ran"
     overlap = "overlapped" if schedule.overlaps else "serial"
     ran = kernel_runs or attention.kernel.name
-    path = f"{schedule.name}/{format_cut(schedule.cut)}/{ran}/{dist.get_backend(attention.group)}/{overlap}"
+    by = dist.get_backend(attention.group) if attention.transport == COLLECTIVE else attention.transport
+    path = f"{schedule.name}/{format_cut(schedule.cut)}/{ran}/{by}/{overlap}"
     return path if attention.graph == "off" else f"{path}/{attention.path}"
 
 
