@@ -113,7 +113,7 @@ def test_without_a_gpu_the_cpu_s_experiments_run(
     monkeypatch.setattr("hcms_lab.commands.gpu_one.visible_gpus", lambda: 0)
     assert main(["gpu-one", "bench.iterations=3", "--output", "nowhere"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("no GPU is visible here. On one, this would run:\nto do  ghost  fig3\n")
+    assert out.startswith("no GPU is visible here. On one, this would run:\nto do  ghost    fig3\n")
     assert out.endswith("Here, the CPU's experiments:\nmeasured bench.iterations=3\n")
 
 
