@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ghosts import replayed
 from hcms.attention import SequenceParallelAttention
 from hcms.kernels import attend_full
 from hcms.lanes.cuda import CudaLanes
@@ -62,17 +63,6 @@ def exact(qkv: list[Tensor]) -> Tensor:
     """Full attention in float64 over the ghost's world, as `[B, L, N, H]`."""
     q, k, v = (x.unflatten(2, (RANKS, M)).movedim(2, 1).flatten(1, 2) for x in qkv)
     return attend_full(q, k, v).unflatten(1, (RANKS, L)).movedim(1, 2).flatten(2, 3)
-
-
-def replayed(group: dist.ProcessGroup, attention: SequenceParallelAttention, qkv: list[Tensor]) -> tuple[Tensor, int]:
-    """A call against peers that were laid down before, and how many of its bytes left wrong."""
-    attention.layer(*qkv)
-    ghost.lay(group, RANKS * M, lambda: attention(*qkv))
-    attention.poison()
-    WIRE.spoil()
-    ghost.rewind(group)
-    out = attention(*qkv)
-    return out, WIRE.wrong_bytes()
 
 
 @pytest.mark.parametrize(("method", "plan"), PLANS)

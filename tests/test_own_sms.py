@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ghosts import replayed
 from hcms.attention import SequenceParallelAttention
 from hcms.lanes.own_sms import own_sms
 from hcms.links import ghost, ghost_sm
@@ -49,17 +50,6 @@ def inputs(seed: int, tokens: int = 384) -> list[Tensor]:
     generator = torch.Generator("cuda").manual_seed(seed)
     size = (1, tokens, RANKS * M, H)
     return [torch.randn(size, generator=generator, device="cuda").bfloat16() for _ in "qkv"]
-
-
-def replayed(group: dist.ProcessGroup, attention: SequenceParallelAttention, qkv: list[Tensor]) -> tuple[Tensor, int]:
-    """A call against peers that were laid down before, and how many of its bytes left wrong."""
-    attention.layer(*qkv)
-    ghost.lay(group, RANKS * M, lambda: attention(*qkv))
-    attention.poison()
-    WIRE.spoil()
-    ghost.rewind(group)
-    out = attention(*qkv)
-    return out, WIRE.wrong_bytes()
 
 
 @pytest.mark.parametrize("plan", PLANS)
