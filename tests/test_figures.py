@@ -107,7 +107,10 @@ def test_a_run_without_traces_has_no_timeline(tmp_path: Path) -> None:
         FIGURES["fig1"](records(make_run(tmp_path, "fig1", frames=(16,))))
 
 
-TWO_KERNELS = [*tiny.SETTINGS, "latent_frames=3", "cuts=[1-1]", "kernels=[sdpa,sdpa-flash]", "link.ratio=0.25"]
+TWO_KERNELS = [
+    *tiny.SETTINGS,
+    *("latent_frames=3", "cuts=[1-1]", "kernels=[sdpa,sdpa-flash]", "link.ratio=0.25", "bench.predict=true"),
+]
 
 
 def test_a_measured_run_ends_in_its_timelines(tmp_path: Path) -> None:
@@ -124,6 +127,11 @@ def test_a_measured_run_ends_in_its_timelines(tmp_path: Path) -> None:
         timeline = traces.read(folder / "traces" / traces.name(case), case)
         assert timeline.schedule.name == case["schedule"]
         assert 0 < timeline.attention_ms <= timeline.duration_ms
+        predicted = traces.find_predicted(folder, case)
+        assert predicted is not None
+        simulated = traces.read(predicted, case)
+        assert (timeline.source, simulated.source) == ("measured", "predicted")
+        assert simulated.duration_ms == pytest.approx(case["predicted_ms"], rel=1e-3)
     figure = exhibit("fig1").of(folder)
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     assert [title.split(",")[0] for title in titles] == [

@@ -34,8 +34,9 @@ def errors(name: str, folder: str) -> dict[str, float]:
     cases = cases[(cases["seq_len"] == tokens) & (cases["world_size"] == ranks) & (cases["kernel"] == profile.kernel)]
     # The run's calibration did not look at sustained load yet: the ceiling of the same run says how slow that is.
     alone_ms = profile.attention_ms(tokens, HEADS // ranks)
-    ceiling_ms = float(cases[cases["method"] == "ceiling"]["latency_ms"].iloc[0])
-    profile = replace(profile, sustained_slowdown=ceiling_ms / alone_ms)
+    slowdown = float(cases[cases["method"] == "ceiling"]["latency_ms"].iloc[0]) / alone_ms
+    attend = tuple(replace(p, sustained_ms=slowdown * p.ms) for p in profile.attend)
+    profile = replace(profile, attend=attend)
     costs = WorkloadCosts(profile, Workload(tokens, HEADS, ranks), graph=True, sustained=True)
     found = {}
     for case in cases[cases["method"] != "ceiling"].to_dict("records"):

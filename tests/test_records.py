@@ -239,7 +239,7 @@ def test_records_of_a_point(tmp_path: Path) -> None:
     assert found["hcms"]["actual_path"] == "two-lane/prefetch=all/exchange-first/1-1/sdpa-flash/gloo/overlapped"
     assert found["hcms-serial"]["actual_path"] == "serial/1-1/sdpa-flash/gloo/serial"
     assert found["ring"]["schedule"] == "ring"
-    traces = [json.loads(path.read_text()) for path in sorted((tmp_path / "traces").iterdir())]
+    traces = [json.loads(path.read_text()) for path in sorted((tmp_path / "traces").glob("*.json"))]
     assert len(traces) == len(CASES)
     assert all(trace["traceEvents"] for trace in traces)
 

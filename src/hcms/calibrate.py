@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import median_low
@@ -17,14 +18,15 @@ from hcms.lanes.cuda import side_stream
 from hcms.links import emulated, ghost
 from hcms.objects import everyones, firsts
 from hcms.occupancy import occupancy
-from hcms.schedule.profile import Profile, fit
+from hcms.schedule.fit import fit
+from hcms.schedule.profile import Profile
 from hcms.schedule.schedule import COMM, serial
 from hcms.transport import COLLECTIVE, Transport, transports
 from hcms.transport.layout import HeadExchange, LayerShape
 
 _ROUNDS, _REPEATS = {"cpu": 2, "cuda": 1}, 2
 _WORST = {"fill_speedup": min}  # of the ranks' samples; of times and slowdowns the largest is
-_SUSTAINED_MS = 250.0
+_SETTLED_MS, _SUSTAINED_MS = 200.0, 60.0  # until the clock has settled; then for each size
 _SHORT_MS = 1.0  # a call this short may be over before the host has issued the next
 _AHEAD_CYCLES = 3_000_000  # of a GPU, a millisecond or two
 _CHUNKS_OF_HEADS = (1, 2, 3, 5, 10)
@@ -176,7 +178,7 @@ def _measure_chunk(
     if whole and P > 1:
         _measure_interference(measuring, exchange, kernel, qkv, attend_ms, exchange_ms)
         if device.type == "cuda":
-            measuring.samples.append(_sustained(measuring, kernel, qkv, attend_ms))
+            measuring.samples += _sustained(measuring, kernel, qkv, attend_ms)
             measuring.samples.append(occupancy(measuring, inputs, kernel, qkv, attend_ms))
 
 
@@ -241,21 +243,36 @@ def _measure_interference(
     measuring.samples.append({"op": "interference", "attention_slowdown": slowdown, "communication_slowdown": 1.0})
 
 
-def _sustained(measuring: _Measuring, kernel: Kernel, qkv: list[Tensor], attend_ms: float) -> dict[str, Any]:
-    """Attention in a block of its own calls, when the clock has settled, over a call by itself; 1 of short calls."""
-    if attend_ms < _SHORT_MS:
-        return {"op": "sustained", "slowdown": 1.0}
-    calls = max(4, round(_SUSTAINED_MS / attend_ms))
+def _sustained(measuring: _Measuring, kernel: Kernel, qkv: list[Tensor], attend_ms: float) -> list[dict[str, Any]]:
+    """Attention of each size in a block without a pause, when the clock has settled; nothing of calls that are short.
+
+    A call by itself runs at a higher clock, a short one more so than a long one, which slows down while it runs.
+    """
+    M = qkv[0].shape[2]
+    attend_ms = measuring.slowest_ms([attend_ms])  # every rank's sizes are the same
+    sizes = [m for m in (M, *_CHUNKS_OF_HEADS) if m <= M and attend_ms * m / M >= _SHORT_MS]
     measuring.synchronize()
     dist.barrier(measuring.group)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
-    for event in events[:-1]:
-        event.record()
-        kernel.attend(*qkv)
-    events[-1].record()
+    events: dict[int, list[torch.cuda.Event]] = {}
+    for m in dict.fromkeys(sizes):
+        some = [x[:, :, :m] for x in qkv]
+        block_ms = _SUSTAINED_MS + (0.0 if events else _SETTLED_MS)
+        calls = max(4, math.ceil(block_ms / (attend_ms * m / M)))
+        events[m] = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+        for event in events[m][:-1]:
+            event.record()
+            kernel.attend(*some)
+        events[m][-1].record()
     measuring.synchronize()
-    late_ms = [begin.elapsed_time(end) for begin, end in pairwise(events[calls // 2 :])]
-    return {"op": "sustained", "slowdown": median_low(late_ms) / attend_ms}
+    return [
+        {
+            "op": "sustained",
+            "seq_len": qkv[0].shape[1],
+            "heads": m,
+            "ms": median_low([a.elapsed_time(b) for a, b in pairwise(its[len(its) // 2 :])]),
+        }
+        for m, its in events.items()
+    ]
 
 
 def _measure_ring(measuring: _Measuring, shape: LayerShape, dtype: torch.dtype, kernel: Kernel) -> None:

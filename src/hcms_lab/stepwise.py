@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -17,11 +16,10 @@ _TOO_LATE_S = 30  # before the end no step is begun
 
 @dataclass(frozen=True)
 class Step:
-    """An experiment of run.py, over a link that its environment or settings make; `link` names its runs' folder."""
+    """An experiment of run.py, over a link that its settings make; `link` names its runs' folder."""
 
     name: str
     link: str
-    environment: Mapping[str, str] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
 
     def folder(self, output: Path) -> Path:
@@ -62,7 +60,6 @@ def run_steps(steps: Sequence[Step], output: Path, ends_s: float, settings: Sequ
                     done = subprocess.run(
                         step.command(output, resume, settings),
                         cwd=ROOT,
-                        env={**os.environ, **step.environment},
                         timeout=ends_s - perf_counter(),
                     )
                     status = done.returncode

@@ -24,7 +24,8 @@ from functools import cached_property
 from typing import Any
 
 from hcms.schedule.contend import Stage, contend
-from hcms.schedule.profile import AttendPoint, Level, Profile, fit, load
+from hcms.schedule.fit import fit
+from hcms.schedule.profile import AttendPoint, Level, Profile, load
 from hcms.schedule.schedule import COMM, COMM_OUT, COMPUTE_2, Op, Schedule, ring, serial
 from hcms.schedule.simulate import Costs, OpCost, simulate
 from hcms.schedule.timeline import Span, Timeline
@@ -90,7 +91,7 @@ class WorkloadCosts:
     Args:
         graph: calls are replayed as CUDA graphs: the host issues nothing by itself.
         sustained: calls follow each other, as in a model's layers, so that a GPU's power limit may set its clock.
-        clock_slowdown: attention's time over the profile's, by the clock (`predict` finds it for sustained calls).
+        hot: how far the clock is from that of a call by itself (`predict` finds it for sustained calls).
     """
 
     def __init__(
@@ -100,11 +101,11 @@ class WorkloadCosts:
         *,
         graph: bool = False,
         sustained: bool = False,
-        clock_slowdown: float = 1.0,
+        hot: float = 0.0,
     ) -> None:
         self.profile = profile
         self.workload = workload
-        self.graph, self.sustained, self.clock_slowdown = graph, sustained, clock_slowdown
+        self.graph, self.sustained, self.hot = graph, sustained, hot
         self._known: dict[tuple[Any, ...], OpCost] = {}
 
     @property
@@ -122,13 +123,7 @@ class WorkloadCosts:
         without a pause, the slowdown grows to what a block of nothing else shows.
         """
         hot = max(0.0, min(1.0, duty) - COOL_DUTY) / (1 - COOL_DUTY)
-        return WorkloadCosts(
-            self.profile,
-            self.workload,
-            graph=self.graph,
-            sustained=self.sustained,
-            clock_slowdown=1 + (self.profile.sustained_slowdown - 1) * hot,
-        )
+        return WorkloadCosts(self.profile, self.workload, graph=self.graph, sustained=self.sustained, hot=hot)
 
     def op_cost(self, op: Op, schedule: Schedule) -> OpCost:
         """Price one operation of `schedule`, whose cut adds up to this workload's M (or which is a ring)."""
@@ -148,7 +143,7 @@ class WorkloadCosts:
     def attention_ms(self) -> float:
         """Attention of all M heads in one call."""
         w = self.workload
-        return self.clock_slowdown * self.profile.attention_ms(w.seq_len, w.heads_a_rank, w.batch)
+        return self.profile.attention_ms(w.seq_len, w.heads_a_rank, w.batch, hot=self.hot)
 
     @cached_property
     def comm_ms(self) -> float:
@@ -190,9 +185,7 @@ class WorkloadCosts:
         apart = schedule is not None and schedule.copies_apart
         if op.kind == "attend":
             kept = schedule.comm_sms if schedule is not None else 0
-            attend_ms = self.clock_slowdown * p.attention_ms(
-                w.seq_len, heads, w.batch, parts=op.part[1], without_sms=kept
-            )
+            attend_ms = p.attention_ms(w.seq_len, heads, w.batch, parts=op.part[1], without_sms=kept, hot=self.hot)
             # On a CPU the call was measured with the host's part in it.
             return OpCost(attend_ms, 0.0 if self.host_computes else self._host_ms)
         if w.ranks == 1 and not apart:
@@ -278,7 +271,7 @@ class WorkloadCosts:
         local_tokens = w.seq_len // w.ranks
         elements = w.batch * local_tokens * w.heads * w.head_dim
         if op.kind == "attend":
-            attend_ms = self.clock_slowdown * p.attention_ms(local_tokens, w.heads, w.batch) * p.lse_slowdown
+            attend_ms = p.attention_ms(local_tokens, w.heads, w.batch, hot=self.hot) * p.lse_slowdown
             merge_ms = elements * 4 / 1e9 * p.merge_ms_per_gb
             return OpCost(attend_ms + merge_ms, 0.0 if self.host_computes else self._host_ms)
         wire_ms = p.rotate_ms(self._ring_bytes, w.ranks)
@@ -357,7 +350,7 @@ def predict(schedule: Schedule, costs: Costs) -> Timeline:
     On one port a third lane adds no bandwidth: both communication lanes are priced as one, in issue order.
     """
     timeline = _predict(schedule, costs)
-    if isinstance(costs, WorkloadCosts) and costs.sustained and costs.profile.sustained_slowdown > 1:
+    if isinstance(costs, WorkloadCosts) and costs.sustained and costs.profile.knows_sustained:
         for _ in range(_TURNS):
             timeline = _predict(schedule, costs.at_duty(attending_ms(timeline) / timeline.duration_ms))
     return timeline

@@ -8,11 +8,10 @@ bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from statistics import median, median_low
 from typing import Any
 
 import yaml
@@ -25,11 +24,22 @@ TILE_ROWS = 128  # queries that one SM attends to at a time in the flash-attenti
 
 @dataclass(frozen=True, slots=True)
 class AttendPoint:
-    """One measured call of the kernel: whole-sequence attention of `heads` heads."""
+    """One measured call of the kernel: whole-sequence attention of `heads` heads.
+
+    Args:
+        ms: of a call by itself.
+        sustained_ms: of one among others of its size without a pause, where a GPU's power limit sets the clock; None is
+            `ms`.
+    """
 
     seq_len: int
     heads: int
     ms: float
+    sustained_ms: float | None = None
+
+    def at_ms(self, hot: float) -> float:
+        """Between a call by itself (0) and one without a pause (1)."""
+        return self.ms + hot * ((self.sustained_ms or self.ms) - self.ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +82,6 @@ class Profile:
         holds_sms: the kernel is persistent: it takes every SM until it ends.
         wire_needs_sms: an exchange runs kernels, as NCCL's does; copy engines need none.
         fill_speedup: attention head by head on one lane, over the same on two: below 1, two lanes do not pay.
-        sustained_slowdown: attention's time in a block of nothing else, where a GPU's power limit sets its clock, over
-            that of a call by itself.
         sms: streaming multiprocessors that attention's tiles are spread over; None knows no waves (CPU).
         ports: 1 where exchanges and returns share the link's bandwidth, 2 where a third lane has its own.
         assumed: inputs that nobody measured, in words.
@@ -101,16 +109,21 @@ class Profile:
     holds_sms: bool = False
     wire_needs_sms: bool = True
     fill_speedup: float = 1.0
-    sustained_slowdown: float = 1.0
     sms: int | None = None
     ports: int = 1
     assumed: tuple[str, ...] = ()
     chosen: tuple[Chosen, ...] = ()
     schema: int = SCHEMA
 
-    def attention_ms(self, seq_len: int, heads: int, batch: int = 1, *, parts: int = 1, without_sms: int = 0) -> float:
+    @property
+    def knows_sustained(self) -> bool:
+        return any(p.sustained_ms is not None for p in self.attend)
+
+    def attention_ms(
+        self, seq_len: int, heads: int, batch: int = 1, *, parts: int = 1, without_sms: int = 0, hot: float = 0.0
+    ) -> float:
         """Time of one call of the kernel: `seq_len` keys, 1 / `parts` of as many queries, `heads` heads; on a GPU,
-        with `without_sms` of its SMs left to others.
+        with `without_sms` of its SMs left to others, at the clock of a call by itself (`hot` 0) to none but such (1).
 
         Between measured head counts, time is piecewise linear in the work; between measured lengths, the time of a
         unit of work is; beyond the measured ones it stays what it was. Work is quadratic in the tokens, and on a GPU
@@ -124,7 +137,7 @@ class Profile:
         def unit_ms(length: int) -> float:
             """Time of a unit of work at a measured length, for a call as large as the wanted one in heads."""
             at_length = self._work(length, heads, batch, parts, without_sms)
-            return self._at_length_ms(length, at_length) / at_length
+            return self._at_length_ms(length, at_length, hot) / at_length
 
         low = unit_ms(below)
         if above == below:
@@ -146,9 +159,10 @@ class Profile:
         waves = math.ceil(batch * heads * math.ceil(seq_len / parts / TILE_ROWS) / max(1, self.sms - without_sms))
         return float(waves * self.sms * TILE_ROWS * seq_len)
 
-    def _at_length_ms(self, length: int, work: float) -> float:
+    def _at_length_ms(self, length: int, work: float, hot: float) -> float:
         """Time of `work` at a measured length."""
-        points = sorted((self._work(p.seq_len, p.heads, self.batch), p.ms) for p in self.attend if p.seq_len == length)
+        at_length = [p for p in self.attend if p.seq_len == length]
+        points = sorted((self._work(p.seq_len, p.heads, self.batch), p.at_ms(hot)) for p in at_length)
         if work >= points[-1][0]:
             return points[-1][1] * work / points[-1][0]
         (w0, ms0), (w1, ms1) = (points[0], points[1]) if work <= points[0][0] and len(points) > 1 else (points[0],) * 2
@@ -197,6 +211,9 @@ class Profile:
         path, plain = Path(path), asdict(self)
         for name in ("attend", "levels", "assumed", "chosen"):
             plain[name] = list(plain[name])
+        for point in plain["attend"]:
+            if point["sustained_ms"] is None:
+                del point["sustained_ms"]
         path.parent.mkdir(parents=True, exist_ok=True)
         head = "# Times of attention and exchange on these ranks; GB is 10^9 bytes. Written by +exp=calibrate.\n"
         path.write_text(head + yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=110))
@@ -229,7 +246,7 @@ def load(path: Path | str, **wanted: Any) -> Profile:
     known = {f.name: f for f in fields(Profile)}
     for name in plain:
         if name not in known:
-            raise ValueError(f"{path}: unknown field {name!r}, wanted only {', '.join(known)}")
+            raise ValueError(f"{path}: unknown field {name!r}, wanted only {', '.join(known)}; {again}")
     for name, field in known.items():
         if name not in plain and field.default is MISSING:
             raise ValueError(f"{path}: field {name} is missing; {again}")
@@ -246,7 +263,9 @@ def load(path: Path | str, **wanted: Any) -> Profile:
         raise ValueError(f"{path}: attend, levels or chosen: {error}") from None
     if not attend or not levels:
         raise ValueError(f"{path}: attend or levels is empty, wanted at least one point and one level; {again}")
-    if not all(0 < p.ms < math.inf for p in attend) or not all(x.gbps > 0 and x.latency_ms >= 0 for x in levels):
+    if not all(0 < ms < math.inf for p in attend for ms in (p.ms, p.at_ms(1.0))) or not all(
+        x.gbps > 0 and x.latency_ms >= 0 for x in levels
+    ):
         raise ValueError(f"{path}: attend or levels: a time or a rate that cannot be; {again}")
     assumed = tuple(plain.pop("assumed", ()))
     return Profile(**plain, assumed=assumed, attend=attend, levels=levels, chosen=chosen)
@@ -264,137 +283,3 @@ def _check_type(path: Path, name: str, value: Any, annotation: str) -> None:
     kind = kinds.get(annotation, list)
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise ValueError(f"{path}: {name} is {value!r}, wanted {'a list' if kind is list else annotation}")
-
-
-def fit(
-    samples: Iterable[Mapping[str, Any]],
-    *,
-    hardware: str,
-    device: str,
-    world_size: int,
-    backend: str,
-    link: str,
-    kernel: str,
-    dtype: str,
-    head_dim: int,
-    batch: int = 1,
-    sms: int | None = None,
-    ports: int = 1,
-) -> Profile:
-    """A profile from measured samples, each the time of the slowest rank; low medians where a size was measured often.
-
-    Args:
-        samples: mappings with `op` and, by op:
-            `attend` and `attend_lse`: `seq_len`, `heads`, `ms`;
-            `exchange` and `rotate`: `bytes_off_rank`, `ms` (the link alone, packed already);
-            `pack`, `unpack`, `merge`: `bytes`, `ms` (merge: bytes of float32 output);
-            `host`: `ms`; `interference`: `attention_slowdown`, `communication_slowdown`;
-            `occupancy`: `holds_sms`, `wire_needs_sms`, `fill_speedup`; `sustained`: `slowdown` (GPUs).
-            `attend` is needed, and `exchange` from 2 ranks on. Without `unpack`, it is taken to be as `pack`; without
-            `merge`, as twice `pack`; the rest as nothing.
-        hardware, device, world_size, backend, link, kernel, dtype, head_dim, batch, sms, ports: as in `Profile`.
-
-    Raises:
-        ValueError: an unknown op, a sample without its fields, or no sample of an op that is needed.
-    """
-    by_op: dict[str, list[Mapping[str, Any]]] = {name: [] for name in _NEEDS}
-    for sample in samples:
-        op = sample.get("op")
-        if op not in by_op:
-            raise ValueError(f"sample {dict(sample)}: unknown op {op!r}, wanted one of {', '.join(by_op)}")
-        if lacking := [name for name in _NEEDS[op] if name not in sample]:
-            raise ValueError(f"sample {dict(sample)}: {op} needs {', '.join(lacking)}")
-        by_op[op].append(sample)
-    for op in ("attend", *(("exchange",) if world_size > 1 else ())):
-        if not by_op[op]:
-            raise ValueError(f"no sample of op {op!r}: a profile of {world_size} ranks needs at least one")
-
-    attend = _medians(by_op["attend"], "seq_len", "heads")
-    points = tuple(AttendPoint(seq_len, heads, ms) for (seq_len, heads), ms in sorted(attend.items()))
-    latency_ms, gbps = _latency_and_gbps(by_op["exchange"]) if by_op["exchange"] else (0.0, math.inf)
-    rotate_gbps = _latency_and_gbps(by_op["rotate"])[1] if by_op["rotate"] else None
-    pack = _ms_per_gb(by_op["pack"], 0.0)
-    profile = Profile(
-        hardware=hardware,
-        device=device,
-        world_size=world_size,
-        backend=backend,
-        link=link,
-        kernel=kernel,
-        dtype=dtype,
-        head_dim=head_dim,
-        batch=batch,
-        attend=points,
-        levels=(Level(gbps, latency_ms, rotate_gbps=rotate_gbps),),
-        pack_ms_per_gb=pack,
-        unpack_ms_per_gb=_ms_per_gb(by_op["unpack"], pack),
-        merge_ms_per_gb=_ms_per_gb(by_op["merge"], 2 * pack),
-        host_ms=median_low([s["ms"] for s in by_op["host"]] or [0.0]),
-        attention_slowdown=max(1.0, median_low([s["attention_slowdown"] for s in by_op["interference"]] or [1.0])),
-        communication_slowdown=max(
-            1.0, median_low([s["communication_slowdown"] for s in by_op["interference"]] or [1.0])
-        ),
-        holds_sms=any(s["holds_sms"] for s in by_op["occupancy"]),
-        wire_needs_sms=any(s["wire_needs_sms"] for s in by_op["occupancy"]) if by_op["occupancy"] else True,
-        fill_speedup=median_low([s["fill_speedup"] for s in by_op["occupancy"]] or [1.0]),
-        sustained_slowdown=max(1.0, median_low([s["slowdown"] for s in by_op["sustained"]] or [1.0])),
-        sms=sms,
-        ports=ports,
-    )
-    with_lse = _medians(by_op["attend_lse"], "seq_len", "heads")
-    slowdowns = [ms / profile.attention_ms(seq_len, heads, batch) for (seq_len, heads), ms in with_lse.items()]
-    return replace(profile, lse_slowdown=median(slowdowns or [1.0]))
-
-
-_NEEDS: dict[str, tuple[str, ...]] = {
-    "attend": ("seq_len", "heads", "ms"),
-    "attend_lse": ("seq_len", "heads", "ms"),
-    "exchange": ("bytes_off_rank", "ms"),
-    "rotate": ("bytes_off_rank", "ms"),
-    "pack": ("bytes", "ms"),
-    "unpack": ("bytes", "ms"),
-    "merge": ("bytes", "ms"),
-    "host": ("ms",),
-    "interference": ("attention_slowdown", "communication_slowdown"),
-    "occupancy": ("holds_sms", "wire_needs_sms", "fill_speedup"),
-    "sustained": ("slowdown",),
-}
-
-
-def _medians(samples: list[Mapping[str, Any]], *keys: str) -> dict[tuple[Any, ...], float]:
-    """Median ms for each size; of an even number the lower, since what disturbs a measurement makes it longer."""
-    by_size: dict[tuple[Any, ...], list[float]] = {}
-    for sample in samples:
-        by_size.setdefault(tuple(sample[key] for key in keys), []).append(float(sample["ms"]))
-    return {size: median_low(times) for size, times in by_size.items()}
-
-
-def _ms_per_gb(samples: list[Mapping[str, Any]], otherwise: float) -> float:
-    """Time by size, large samples counting by their size."""
-    if not samples:
-        return otherwise
-    sizes = _medians(samples, "bytes")
-    return 1e9 * sum(sizes.values()) / sum(size for (size,) in sizes)
-
-
-def _latency_and_gbps(samples: list[Mapping[str, Any]]) -> tuple[float, float]:
-    """Fit ms = latency + bytes / bandwidth, weighting relative errors alike, with neither part below zero."""
-    sizes = [(float(size), ms) for (size,), ms in _medians(samples, "bytes_off_rank").items()]
-    weights = [1 / ms**2 for _, ms in sizes]
-    total = sum(weights)
-    mean_x = sum(w * x for w, (x, _) in zip(weights, sizes, strict=True)) / total
-    mean_y = sum(w * y for w, (_, y) in zip(weights, sizes, strict=True)) / total
-    spread = sum(w * (x - mean_x) ** 2 for w, (x, _) in zip(weights, sizes, strict=True))
-    product = sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, sizes, strict=True))
-    if mean_x == 0:  # one rank alone sends nothing
-        return 0.0, math.inf
-    slope = product / spread if spread > 0 else mean_y / mean_x
-    latency_ms = mean_y - slope * mean_x
-    if slope <= 0:  # faster than can be told: no bytes are too many
-        return median(ms for _, ms in sizes), math.inf
-    if latency_ms < 0 or spread <= 0:
-        latency_ms = 0.0
-        slope = sum(w * x * y for w, (x, y) in zip(weights, sizes, strict=True)) / sum(
-            w * x * x for w, (x, _) in zip(weights, sizes, strict=True)
-        )
-    return latency_ms, 1 / (slope * 1e6)

@@ -1,11 +1,10 @@
 """What two to eight GPUs can tell, the most valuable first, on their fast link and on a slow one: `make gpu-four`.
 
-Every step is one experiment of run.py at full size; `slow` steps run with NCCL_P2P_DISABLE=1, through host memory,
-which is the paper's regime on the same GPUs. A step that has ended is not run
+Every step is one experiment of run.py at full size: over the cards' own link (`native`), through the host's memory,
+which is the paper's regime on the same GPUs (`native-host`), and by copy engines. A step that has ended is not run
 again, one that was cut off goes on where it was: call again until all are done. Place what came out with
 
-    hcms-lab contribute outputs/gpu-four/fast/fig3/latest
-    hcms-lab contribute outputs/gpu-four/slow/fig3/latest --variant p2p-off
+    hcms-lab contribute outputs/gpu-four/native-host/fig3/latest --variant two-cards-host    # each of the experiments
 
     hcms-lab gpu-four [--minutes 9] [--list] [key=value ...]    # settings go to every step
 """
@@ -20,9 +19,12 @@ from hcms.hardware import visible_gpus
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.stepwise import Step, listed, run_steps
 
-LINKS = {"fast": {}, "slow": {"NCCL_P2P_DISABLE": "1"}}
-EXPERIMENTS = ("calibrate", "fig3", "fig4", "fig2", "fig5", "fig8", "table2", "table3", "table5", "fig7")
-STEPS = [Step(name, link, environment) for name in EXPERIMENTS for link, environment in LINKS.items()]
+LINKS = ("native-host", "native")
+EXPERIMENTS = ("fig3", "fig1", "fig5", "table2", "fig4", "fig2", "fig8", "table3", "table5", "fig7")
+STEPS = [
+    *(Step(name, link, settings=(f"link.kind={link}",)) for name in EXPERIMENTS for link in LINKS),
+    Step("fig3", "copy-engine", settings=("link.kind=native", "transport=copy-engine")),
+]
 
 
 def options(parser: ArgumentParser) -> None:

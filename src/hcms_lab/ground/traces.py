@@ -18,6 +18,7 @@ from hcms_lab.ground.cuts import recorded_cut
 from hcms_lab.ground.records import Record
 
 FOLDER = "traces"  # in a run's folder
+PREDICTED = "predicted"  # in FOLDER: what the simulator made of the same case, from the run's own calibration
 _OF_AN_OP = {field.name for field in fields(Op)} - {"kind", "chunk", "lane"}
 
 
@@ -30,7 +31,8 @@ def name(record: Mapping[Any, Any]) -> str:
 
 def write(timeline: Timeline, folder: Path, record: Record) -> Path:
     """Write a case's timeline into the run's folder; the record's shape, cut and kernel must be filled in."""
-    path = folder / FOLDER / name(asdict(record))
+    inside = PREDICTED if timeline.source == "predicted" else "."
+    path = folder / FOLDER / inside / name(asdict(record))
     timeline.to_chrome_trace(path)
     return path
 
@@ -50,8 +52,14 @@ def find(folder: Path, record: Mapping[Any, Any]) -> Path | None:
     return next((p for p in sorted((folder / FOLDER).glob("*.json")) if older.fullmatch(p.name)), None)
 
 
+def find_predicted(folder: Path, record: Mapping[Any, Any]) -> Path | None:
+    """The simulator's trace of a case, or None where the run predicted nothing or is older than such traces."""
+    path = folder / FOLDER / PREDICTED / name(record)
+    return path if path.is_file() else None
+
+
 def read(path: Path, record: Mapping[Any, Any]) -> Timeline:
-    """A case's measured Timeline, its Schedule rebuilt from what the trace and the record say."""
+    """A case's Timeline, its Schedule rebuilt from what the trace and the record say."""
     events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     spans = []
@@ -63,7 +71,8 @@ def read(path: Path, record: Mapping[Any, Any]) -> Timeline:
         op = Op(kind, int(chunk), lanes[event["tid"]], **rest)
         spans.append(Span(op, event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3))
     schedule = Schedule(str(record["schedule"]), _heads(record), tuple(span.op for span in spans))
-    return Timeline(schedule, tuple(spans), max(span.end_ms for span in spans), "measured")
+    source = "predicted" if path.parent.name == PREDICTED else "measured"
+    return Timeline(schedule, tuple(spans), max(span.end_ms for span in spans), source)
 
 
 def _given(record: Mapping[Any, Any], field: str) -> Any:

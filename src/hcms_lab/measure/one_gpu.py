@@ -22,7 +22,8 @@ from torch import Tensor
 from hcms.attention import SequenceParallelAttention
 from hcms.kernels import KERNELS, Kernel, attend_full, kernel
 from hcms.methods import build_schedule
-from hcms.schedule.profile import Profile, fit
+from hcms.schedule.fit import fit
+from hcms.schedule.profile import Profile
 from hcms.transport.layout import HeadExchange, LayerShape
 from hcms_lab.ground.records import Record
 

@@ -138,21 +138,17 @@ def recorded(
             record.ok = t.case.method.startswith(PEER)  # a peer that cannot take part is a row, not our failure
         else:
             _fill(record, t, t.entrant, given)
-            if t.entrant.schedule is not None:
-                record.predicted_ms = _predicted_ms(
-                    point,
-                    t.case,
-                    t.entrant.schedule,
-                    profile,
-                    graph=job.graph == "auto",
-                    sustained=job.load == SUSTAINED,
-                )
+            predicted = None
+            if t.entrant.schedule is not None and profile is not None:
+                predicted = _predicted(job, point, t.entrant.schedule, profile)
+                record.predicted_ms = predicted.duration_ms
             elif t.case.method == "ceiling" and profile is not None:
-                slowdown = profile.sustained_slowdown if job.load == SUSTAINED else 1.0
-                attention_ms = profile.attention_ms(point.seq_len, point.heads_a_rank, point.batch)
-                record.predicted_ms = slowdown * attention_ms
+                hot = 1.0 if job.load == SUSTAINED else 0.0
+                record.predicted_ms = profile.attention_ms(point.seq_len, point.heads_a_rank, point.batch, hot=hot)
             if rank.first and t.timelines and record.ok:
                 _trace(job, t, record)
+                if predicted is not None:
+                    traces.write(predicted, Path(job.folder), record)
         records.append(record)
     _compare(records)
     return records
@@ -194,14 +190,10 @@ def _trace(job: Job, t: Timed, record: Record) -> None:
     traces.write(t.timelines[typical], Path(job.folder), record)
 
 
-def _predicted_ms(
-    point: Point, case: Case, schedule: Schedule, profile: Profile | None, *, graph: bool, sustained: bool
-) -> float | None:
-    if profile is None:
-        return None
+def _predicted(job: Job, point: Point, schedule: Schedule, profile: Profile) -> Timeline:
     workload = Workload(point.seq_len, point.heads, point.ranks, point.head_dim, point.batch, point.dtype)
-    timeline = predict(schedule, WorkloadCosts(profile, workload, graph=graph, sustained=sustained))
-    return timeline.attention_ms if case.method == "ceiling" else timeline.duration_ms
+    sustained = job.load == SUSTAINED
+    return predict(schedule, WorkloadCosts(profile, workload, graph=job.graph == "auto", sustained=sustained))
 
 
 LEAST_TO_HIDE = 0.02  # of packed Ulysses

@@ -41,6 +41,7 @@ class Run(NamedTuple):
     case: pd.Series
     timeline: Timeline
     speedup: float
+    predicted: Timeline | None
 
 
 @register(
@@ -49,9 +50,10 @@ class Run(NamedTuple):
 def fig1(records: pd.DataFrame) -> Figure:
     """Serial Ulysses above every HCMS that left a trace; measured on the left, on the right as the simulator sees it.
 
-    With several kernels each has a column of its own, measured, and the simulator none. It gets two numbers of the
-    serial run, its attention time and its communication ratio, so an HCMS row of its column is a prediction. Lanes are
-    those of the call nearest the median, on rank 0; the speedup is that of the medians.
+    With several kernels each has a column of its own, measured, and the simulator none. Its column is what the run's
+    own calibration predicted; of a run that kept none of it, an ideal machine's, from two numbers of the serial run:
+    its attention time and its communication ratio. Lanes are those of the call nearest the median, on rank 0; the
+    speedup is that of the medians.
 
     Args:
         records: of a run whose folder holds its traces (`records.attrs["folder"]`).
@@ -126,7 +128,15 @@ def _runs(cases: pd.DataFrame, attrs: dict) -> list[Run]:
         if path is None:
             raise UsageError(f"no trace {folder / traces.FOLDER / traces.name(case.to_dict())}: run +exp=fig1 again")
         base_ms = runs[0].case["latency_ms"] if runs else case["latency_ms"]
-        runs.append(Run(case, traces.read(path, case.to_dict()), float(base_ms) / float(case["latency_ms"])))
+        predicted = traces.find_predicted(folder, case.to_dict())
+        runs.append(
+            Run(
+                case,
+                traces.read(path, case.to_dict()),
+                float(base_ms) / float(case["latency_ms"]),
+                traces.read(predicted, case.to_dict()) if predicted else None,
+            )
+        )
     if len(runs) < 2:
         wanted = " or ".join(overlapping())
         raise UsageError(f"figure 1 needs {BASE} and hcms, and these records hold no correct case of {wanted}")
@@ -134,6 +144,8 @@ def _runs(cases: pd.DataFrame, attrs: dict) -> list[Run]:
 
 
 def _simulated(run: Run, serial: pd.Series) -> Timeline:
+    if run.predicted is not None:
+        return run.predicted
     costs = IdealCosts(float(serial["comm_ratio"]), int(serial["world_size"]), float(serial["attention_ms"]))
     return predict(run.timeline.schedule, costs)
 
@@ -149,7 +161,7 @@ def _title(run: Run, timeline: Timeline, *, several: bool) -> str:
             "" if run.case["method"] == BASE else f", ×{run.speedup:.2f}"
         )
     if timeline.source == "predicted":
-        return f"{' '.join(words)}, simulated"
+        return "simulated" if run.predicted else "simulated, an ideal machine"
     return f"{' '.join(words)}, measured" + ("" if run.case["method"] == BASE else f": ×{run.speedup:.2f}")
 
 
