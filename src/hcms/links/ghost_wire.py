@@ -18,6 +18,7 @@ from torch.futures import Future
 
 _ALIGN = 256
 _SCRATCH_BYTES = 64 << 20
+_SPOILT = 0xA5
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Wire:
 
     def spoil(self) -> None:
         """Overwrite what left, so that bytes that do not leave in the next replay show."""
-        self._left[: self._prepared_out_at].fill_(0xA5)
+        self._left[: self._prepared_out_at].fill_(_SPOILT)
 
     def wrong_bytes(self) -> int:
         """Of what left in the replayed pass, the bytes that are not what should have. Waits for the card."""
@@ -197,8 +198,9 @@ class Wire:
 
     def _lay(self, left: Tensor, leaves: Tensor) -> None:
         """What should leave, and is taken for having left until a replay says otherwise."""
-        at = left.storage_offset()
-        self._expected[at : at + left.nbytes].copy_(_bytes(leaves), non_blocking=True)
+        at, end = left.storage_offset(), left.storage_offset() + left.nbytes
+        self._expected[at:end].copy_(_bytes(leaves), non_blocking=True)
+        self._expected[end : -(-end // _ALIGN) * _ALIGN].fill_(_SPOILT)  # where nothing will have gone
         left.copy_(_bytes(leaves), non_blocking=True)
 
     # ---- the card's two directions -----------------------------------------------------------------------------------
