@@ -31,6 +31,7 @@ clip_job = import_module("hcms_lab.measure.wan.clip_job")
 denoising = import_module("hcms_lab.measure.wan.denoising")
 
 RANKS, ROUNDS = 4, 3
+MODEL = replace(tiny(), steps=2, guidance=4.0)
 CLIP = ClipShape(9, 32, 48, Strides.of(TRANSFORMER, VAE))
 CASES = (Case("ulysses", None), Case("ulysses-packed", None), Case("hcms", "1-1"), Case("ring", None))
 
@@ -41,13 +42,7 @@ def job(folder: Path, **changes: Any) -> Any:
         warmup=1, seed=0, profile=None, predict=False, ranks_per_core=None, points=(), folder=str(folder),
     )  # fmt: skip
     point = Point("tiny", RANKS, CLIP.latent_frames, CLIP.tokens, 8, 12, 1, "float32", "sdpa", None, CASES)
-    settings = {
-        "model": replace(tiny(), steps=2, guidance=4.0),
-        "source": None,
-        "job": made,
-        "points": (point,),
-        "clips": (CLIP,),
-    }
+    settings: dict[str, Any] = {"model": MODEL, "source": None, "job": made, "points": (point,), "clips": (CLIP,)}
     settings |= {"prompt": "a cat", "negative_prompt": "", "image": None, "sharding": "none", "vae_tiling": False}
     return clip_job.ClipJob(**{**settings, "compare_plain": False, **changes})
 
@@ -113,14 +108,13 @@ def test_what_arrives_wrong_fails_whom_it_reaches(tmp_path, monkeypatch):
 
 
 def test_each_step_follows_the_last_and_a_new_clip_the_last_step():
-    model = replace(tiny(), steps=2, guidance=4.0)
     seen: list[dict[str, Any]] = []
 
     def expert(**inputs: Any) -> tuple[torch.Tensor]:
         seen.append(inputs)
         return (inputs["hidden_states"] * 0.5,)
 
-    made = denoising.Denoising(model, CLIP, expert, torch.device("cpu"), 0)
+    made = denoising.Denoising(MODEL, CLIP, expert, torch.device("cpu"), 0)
     watch = breakdown.Breakdown(torch.device("cpu"))
     moment, latents = made.first(), []
     for _ in range(3):
@@ -192,10 +186,10 @@ def test_composed_clips_are_called_so(tmp_path, monkeypatch):
     table = load.records(tmp_path)
     figure = fig7(table)
     assert len(figure.axes) == 2 * 3, "a row of their own, though of one length"
-    assert "composed" not in figure.axes[0].get_title()
-    assert figure.axes[3].get_title().endswith("composed")
+    assert "composed" not in figure.axes[0].get_title("left")
+    assert figure.axes[3].get_title("left").endswith("composed")
     assert "clips composed of n = 4 timed steps a method with 1 of 2 layers" in figure.get_suptitle()
-    assert "a clip, composed of timed steps, under Ulysses" in figure.get_label()
+    assert "a clip, composed of timed steps, under Ulysses" in str(figure.get_label())
     monkeypatch.setattr(table4, "newest_runs", lambda experiment: [table])
     made = table4.table4(table[:0])
     assert "Composed: no such clip ran whole" in made.attrs["caption"]
@@ -204,7 +198,7 @@ def test_composed_clips_are_called_so(tmp_path, monkeypatch):
     assert list(made["clip, measured"].notna()) == [not x for x in is_put]
     monkeypatch.setattr(table4, "newest_runs", lambda experiment: [table[:4]])
     assert "clip, composed" not in table4.table4(table[:0]).columns
-    read: Any = {"fig7": [table]}.get
+    read: Any = {"fig7": [table], "table4": []}.get
     evidence = judge_clips.of_clips("speedup_vs_ulysses", "speedup_interval", claims()["C4"], read).evidence
     assert ["composed of steps of 1 of 2 layers" in e.on for e in evidence] == [False, True]
     assert "of fewer than 8 steps" in evidence[1].measured

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from statistics import mean, median
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +36,7 @@ def recorded(
         q25, q50, q75, q95 = (float(x) for x in np.percentile(totals, [25, 50, 75, 95]))
         # The clip in the middle (or the two whose mean the median is), so that its parts add up to latency_ms.
         middle = sorted(range(len(totals)), key=totals.__getitem__)[(len(totals) - 1) // 2 : len(totals) // 2 + 1]
-        of_middle = {name: mean(parts[i][name] for i in middle) for name in PARTS}
+        of_middle: dict[str, Any] = {name: mean(parts[i][name] for i in middle) for name in PARTS}
         plain_errors = [b.plain_max_abs_err for b in by_rank if b.plain_max_abs_err is not None]
         equal, frames_equal = all(b.latents_equal for b in by_rank), [b.frames_equal for b in by_rank]
         error = max(b.max_abs_err for b in by_rank)
@@ -135,6 +137,6 @@ def _wrong(method: str, dtype: str, by_rank: list[Seen]) -> str | None:
     return next((b.wrong for b in by_rank if b.wrong), None)
 
 
-def _median(values: object) -> float | None:
-    known = [x for x in values if x is not None]  # pyright: ignore[reportGeneralTypeIssues]
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [x for x in values if x is not None]
     return median(known) if known else None

@@ -45,7 +45,7 @@ def _text_ms(rank: Rank, clip_job: ClipJob) -> float:
 
     model, job = clip_job.model, clip_job.job
     pipe = WanPipeline(
-        tokenizer=ByT5Tokenizer(),
+        tokenizer=ByT5Tokenizer(),  # pyright: ignore[reportArgumentType]
         text_encoder=build.random_text_encoder(model, rank.device, job.seed),  # pyright: ignore[reportArgumentType]
         vae=None,  # pyright: ignore[reportArgumentType]
         scheduler=build.scheduler(model),
