@@ -16,7 +16,7 @@ from hcms.clip import ClipShape, divisors, heads_refusal, listed
 from hcms.hardware import hardware
 from hcms.methods import METHODS
 from hcms.schedule.cost import Workload
-from hcms_lab.ground.checks import as_list, is_folder, number, one_of, readable
+from hcms_lab.ground.checks import as_list, is_folder, number, one_of, readable, whole
 from hcms_lab.ground.config import CasesConfig, Config
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.model_config import ClipConfig, ModelConfig, chosen_model, clips_of
@@ -35,6 +35,7 @@ from hcms_lab.measure.cases import (
 )
 from hcms_lab.measure.fits import check_memory, check_pace
 from hcms_lab.measure.wan.folder import as_saved
+from hcms_lab.report.terminal_clips import clip_tables
 
 NEEDS = ("diffusers", "transformers", "accelerate", "imageio_ffmpeg")
 CARDS_GB = (24, 32, 48, 80, 96, 141, 180)  # memories of the catalogue's GPUs
@@ -50,6 +51,8 @@ class Settings(Config, ClipConfig, CasesConfig):
     image: str | None = None  # first frame for i2v: a picture's path; null is a colour gradient
     sharding: str = "none"  # none | fsdp2
     vae_tiling: bool = False  # decode in tiles: less memory, other frames at the tiles' edges
+    timed: str = "clips"  # clips | steps: whole clips, or denoising steps of one expert, of which clips are composed
+    layers_timed: int | None = None  # of timed steps: transformer blocks that are built; null is all of the model's
     compare_plain: bool = False  # also run the unchanged pipeline on each rank alone, and compare frames with it
     dry: bool = False  # check sizes and memory, load nothing
     memory_gib: float | None = None  # memory a rank that the check counts with; null is what is there
@@ -66,14 +69,18 @@ def validate(cfg: Settings) -> None:
     from hcms.links import links
 
     link = link_of(cfg)
-    if links()[link].processes == "one" and not cfg.dry:
+    one_for_all = links()[link].processes == "one"
+    one_of("timed", cfg.timed, ("clips", "steps"))
+    if one_for_all and cfg.timed == "clips" and not cfg.dry:
         raise UsageError(
-            f"link.kind={link}: {cfg.name} does not run over it; give device=cpu, or start it on several GPUs"
+            f"link.kind={link}: no whole clip can be made with peers that are memory; give timed=steps, device=cpu, or "
+            f"start it on several GPUs"
         )
     if cfg.memory_gib is not None:
         number("memory_gib", cfg.memory_gib, 0, 1e6, above=True)
     model, source = resolved(cfg)
     clips = clips_of(cfg, model)
+    _check_steps(cfg, model, one_for_all)
     all_ranks = ranks_of(cfg)
     heads = model.transformer["num_attention_heads"]
     for ranks in all_ranks:
@@ -105,7 +112,7 @@ def run(cfg: Settings, folder: Path | None) -> bool:
     from hcms_lab.measure.job import Job
     from hcms_lab.measure.launch import launch
     from hcms_lab.measure.progress import progress
-    from hcms_lab.measure.wan.clips import ClipJob
+    from hcms_lab.measure.wan.clip_job import ClipJob
 
     device, link = device_of(cfg), link_of(cfg)
     file = RecordFile(folder / "records.jsonl")
@@ -136,9 +143,10 @@ def run(cfg: Settings, folder: Path | None) -> bool:
                 sharding=cfg.sharding,
                 vae_tiling=cfg.vae_tiling,
                 compare_plain=cfg.compare_plain,
+                layers_timed=cfg.layers_timed,
             )
             launch(
-                _on_rank,
+                _clips_on_rank if cfg.timed == "clips" else _steps_on_rank,
                 ranks,
                 clip_job,
                 ticks,
@@ -147,21 +155,27 @@ def run(cfg: Settings, folder: Path | None) -> bool:
                 folder=folder,
                 poll=show,
                 timeout_s=cfg.bench.timeout_s,
-                forked_with=("hcms_lab.measure.wan.clips",),
+                forked_with=(f"hcms_lab.measure.wan.{cfg.timed}",),
             )
     found = file.read()
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    for shown in tables(found, f"{cfg.name}: {model.name}, {cfg.weights} weights, {slug}, link {link}"):
+    for shown in clip_tables(found, f"{cfg.name}: {model.name}, {cfg.weights} weights, {slug}, link {link}"):
         console.print(shown)
     return bool(found) and all(r["ok"] for r in found)
 
 
-def _on_rank(rank: Any, clip_job: Any, ticks: Any) -> None:
+def _clips_on_rank(rank: Any, clip_job: Any, ticks: Any) -> None:
     from hcms_lab.measure.wan.clips import measure_clips
 
     measure_clips(rank, clip_job, ticks.put)
+
+
+def _steps_on_rank(rank: Any, clip_job: Any, ticks: Any) -> None:
+    from hcms_lab.measure.wan.steps import measure_steps
+
+    measure_steps(rank, clip_job, ticks.put)
 
 
 def resolved(cfg: Settings) -> tuple[ModelConfig, str | None]:
@@ -191,6 +205,24 @@ def resolved(cfg: Settings) -> tuple[ModelConfig, str | None]:
             f"weights_path={source}: no such folder; give one that save_pretrained wrote, or owner/name on the hub"
         )
     return model, source
+
+
+def _check_steps(cfg: Settings, model: ModelConfig, one_for_all: bool) -> None:
+    """Refuse what timed steps cannot have, and what only they have."""
+    if cfg.timed == "clips":
+        if cfg.layers_timed is not None:
+            raise UsageError(f"layers_timed={cfg.layers_timed}: whole clips have all layers; give timed=steps with it")
+        return
+    if cfg.layers_timed is not None:
+        whole("layers_timed", cfg.layers_timed, high=int(model.transformer["num_layers"]))
+    if cfg.weights != "random":
+        raise UsageError(f"weights={cfg.weights}: timed=steps builds one expert with random weights; give timed=clips")
+    if one_for_all:
+        for name, value, of_all in (("sharding", cfg.sharding, "none"), ("compare_plain", cfg.compare_plain, False)):
+            if value != of_all:
+                raise UsageError(
+                    f"{name}={value}: over link.kind={link_of(cfg)} peers are memory; give {name}={of_all}"
+                )
 
 
 def _check_picture(path: str) -> None:
@@ -279,7 +311,12 @@ def _check_memory(cfg: Settings, model: ModelConfig, clips: list[ClipShape], all
         if ranks not in needs:
             continue
         others = len(cases_at(cfg, heads, ranks)) - 1  # every method keeps its own buffers
-        need = needs[ranks].need_bytes + others * needs[ranks].buffer_bytes
+        need = others * needs[ranks].buffer_bytes
+        if cfg.timed == "clips":
+            need += needs[ranks].need_bytes
+        else:
+            layers = int(model.transformer["num_layers"])
+            need += needs[ranks].steps_need_bytes(layers - (cfg.layers_timed or layers))
         if need > there:
             raise UsageError(
                 f"model={model.name}: {longest.frames} frames need {need / GIB:.1f} GiB a rank on "
@@ -335,57 +372,3 @@ def dry_run(cfg: Settings, model: ModelConfig) -> bool:
         if odd:
             print(f"{listed(odd)} ranks divide the heads but not the tokens: {clip.refusal(odd[0])}")
     return fits_all
-
-
-_SHOWN_PARTS = {
-    "text": ("text_encoder_ms",),
-    "attention": ("self_attention_ms",),
-    "around it": ("self_projections_ms",),
-    "cross": ("cross_attention_ms",),
-    "ffn": ("feed_forward_ms",),
-    "rest": ("transformer_rest_ms", "scheduler_ms"),
-    "VAE": ("vae_encode_ms", "vae_decode_ms"),
-    "other": ("other_ms",),
-}
-
-
-def tables(records: list[dict[str, Any]], title: str) -> list[Table]:
-    """The terminal's tables, two a clip length: speedups with their checks, and where the time goes."""
-    shown: list[Table] = []
-    points = {(r["world_size"], r["link_ratio"], r["num_frames"]): r for r in records}
-    for point, first in points.items():
-        rho = "" if first["comm_ratio"] is None else f", rho {first['comm_ratio']:.2f} in the pipeline"
-        where = f"{first['num_frames']} frames, {first['seq_len']:,} tokens, {first['world_size']} ranks{rho}"
-        speed = Table(
-            title=f"{title}\n{where}", caption="Amdahl: of the clip, from the attention's; ! off the interval"
-        )
-        parts = Table(title=f"where a clip's time goes, s: {where}")
-        for name in ("method", "cut"):
-            speed.add_column(name)
-        for name in ("clip s", "± IQR", "vs ulysses", "attention", "Amdahl", "max err"):
-            speed.add_column(name, justify="right")
-        for name in ("bitwise", "check"):
-            speed.add_column(name)
-        parts.add_column("method")
-        for name in (*_SHOWN_PARTS, "named"):
-            parts.add_column(name, justify="right")
-        for r in (r for r in records if (r["world_size"], r["link_ratio"], r["num_frames"]) == point):
-            speed.add_row(
-                r["method"],
-                r["cut"] or "-",
-                f"{r['latency_ms'] / 1e3:.2f}",
-                f"{r['latency_iqr_ms'] / 1e3:.2f}",
-                f"{r['speedup_vs_ulysses']:.3f}",
-                f"{r['attention_speedup_vs_ulysses']:.3f}",
-                f"{r['amdahl_speedup']:.3f}" + ("" if r["amdahl_agrees"] else "!"),
-                "-" if r["max_abs_err"] is None else f"{r['max_abs_err']:.0e}",
-                "yes" if r["bitwise_equal"] else "no",
-                "ok" if r["ok"] else r["error"],
-            )
-            parts.add_row(
-                r["method"],
-                *(f"{sum(r[k] for k in keys) / 1e3:.2f}" for keys in _SHOWN_PARTS.values()),
-                f"{100 * r['named_share']:.1f} %",
-            )
-        shown += [speed, parts]
-    return shown

@@ -162,6 +162,11 @@ OTHERS = [
     # whole clips are checked as layers are
     ("fig7", "bench.iterations=0", "bench.iterations=0", COUNT),
     ("fig7", "bench.warmup=0", "bench.warmup=0", "at least 1"),
+    ("fig7", "timed=frames", "timed=frames", "choose one of clips, steps"),
+    ("fig7", "layers_timed=1", "layers_timed=1", "give timed=steps with it"),
+    ("fig7", "timed=steps layers_timed=0", "layers_timed=0", COUNT),
+    ("fig7", "timed=steps layers_timed=3", "layers_timed=3", "at most 2"),
+    ("fig7", "timed=steps weights=pretrained weights_path=owner/name", "weights=pretrained", "give timed=clips"),
     ("fig7", "bench.seed=-3", "bench.seed=-3", "at least 0"),
     ("fig7", "link.ratio=2", "link.ratio=2", "between 0 and 1"),
     ("fig7", "link.gbps=-1", "link.gbps=-1.0", "above 0"),

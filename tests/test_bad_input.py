@@ -244,8 +244,9 @@ KNOWN = {
         link.kind link.ratio link.ratio_at link.gbps link.latency_us bench.iterations bench.warmup bench.seed
         bench.predict workload workload.heads workload.head_dim workload.batch workload.tokens_per_frame
         workload.dtype workload.name wandb.mode wandb""",
-    "fig7": """frames width height steps flow_shift guidance guidance_2 weights image sharding dry memory_gib methods
-        cuts kernels prefetch first link.ratio bench.iterations model model.dtype model.experts model.task
+    "fig7": """frames width height steps flow_shift guidance guidance_2 weights image sharding timed layers_timed dry
+        memory_gib methods cuts kernels prefetch first link.ratio bench.iterations model model.dtype model.experts
+        model.task
         model.transformer.num_layers model.transformer.num_attention_heads model.transformer.attention_head_dim
         model.transformer.patch_size model.transformer.ffn_dim model.vae.z_dim model.vae.dim_mult
         model.vae.scale_factor_spatial model.text_encoder.num_layers""",

@@ -18,6 +18,7 @@ from torch.futures import Future
 
 _ALIGN = 256
 _SCRATCH_BYTES = 64 << 20
+_SPOILT = 0xA5
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.engine: Literal["copy", "sm"] = "copy"
-        self.mode: Literal["prepare", "replay"] = "prepare"
+        self.mode: Literal["prepare", "replay", "answer"] = "prepare"
         self.sent_bytes = 0
         self._heads = 0
         self._expected = self._left = self._arriving = torch.empty(0, dtype=torch.uint8)
@@ -111,9 +112,18 @@ class Wire:
         self.mode = "replay"
         self._out_at = self._in_at = 0
 
+    def answer(self) -> None:
+        """From now on, works are answered as peers do that were sent it, past what was laid, which stays.
+
+        For what a model does between its laid calls, such as gathering its output. At no pace of a link.
+        """
+        self.mode = "answer"
+        # A replayed graph moves no place on the host: the prepared pass says where what was laid ends.
+        self._out_at, self._in_at = self._prepared_out_at, self._prepared_in_at
+
     def spoil(self) -> None:
         """Overwrite what left, so that bytes that do not leave in the next replay show."""
-        self._left[: self._prepared_out_at].fill_(0xA5)
+        self._left[: self._prepared_out_at].fill_(_SPOILT)
 
     def wrong_bytes(self) -> int:
         """Of what left in the replayed pass, the bytes that are not what should have. Waits for the card."""
@@ -131,7 +141,7 @@ class Wire:
         sides = self._forked()
         for leaves, arrives in _merged(pairs):
             left, arriving = self._out_place(leaves), self._in_place(arrives)
-            if self.mode == "prepare":
+            if self.mode != "replay":
                 self._lay(left, leaves)
                 arriving.copy_(_bytes(leaves), non_blocking=True)
                 _bytes(arrives).copy_(arriving, non_blocking=True)
@@ -146,7 +156,7 @@ class Wire:
         sides = self._forked()
         self.last_sent = leaves
         left = self._out_place(leaves)
-        if self.mode == "prepare":
+        if self.mode != "replay":
             self._lay(left, leaves)
         else:
             self._out(sides, left, leaves)
@@ -156,7 +166,7 @@ class Wire:
         """What a peer passes on: this rank's own last message, its heads turned by one rank's."""
         sides = self._forked()
         arriving = self._in_place(arrives)
-        if self.mode == "prepare":
+        if self.mode != "replay":
             if self.last_sent is None or self.last_sent.shape != arrives.shape:
                 raise RuntimeError("ghost: a receive must follow a send of the same shape, as in a ring")
             heads = [d for d in (-2, 1, 2) if -arrives.ndim <= d < arrives.ndim and arrives.shape[d] == self._heads]
@@ -188,8 +198,9 @@ class Wire:
 
     def _lay(self, left: Tensor, leaves: Tensor) -> None:
         """What should leave, and is taken for having left until a replay says otherwise."""
-        at = left.storage_offset()
-        self._expected[at : at + left.nbytes].copy_(_bytes(leaves), non_blocking=True)
+        at, end = left.storage_offset(), left.storage_offset() + left.nbytes
+        self._expected[at:end].copy_(_bytes(leaves), non_blocking=True)
+        self._expected[end : -(-end // _ALIGN) * _ALIGN].fill_(_SPOILT)  # where nothing will have gone
         left.copy_(_bytes(leaves), non_blocking=True)
 
     # ---- the card's two directions -----------------------------------------------------------------------------------

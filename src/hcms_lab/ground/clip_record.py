@@ -20,6 +20,11 @@ class ClipRecord(Record):
     """A method's clips of one length. `latency_ms` is the median clip, `<part>_ms` its parts: they add up.
 
     `comm_ratio` is that of serial Ulysses inside the pipeline. `frames` counts latent frames, as everywhere.
+
+    Where `composed`, no whole clip ran: each of `times_ms` is one timed denoising step (a round, in which every method
+    makes the same step) times `steps`, and the text encoder and the VAE, measured once each. All experts are taken to
+    be like the one that was timed, and all layers like the `layers_timed` that were; a part of a clip that is neither
+    is left out.
     """
 
     weights: str
@@ -59,6 +64,15 @@ class ClipRecord(Record):
     frames_equal: bool | None = None  # at the end
     plain_max_abs_err: float | None = None  # of the last latents, against the unchanged pipeline on one rank
     plain_bitwise_equal: bool | None = None
+    composed: bool = False
+    steps_timed: int | None = None
+    layers_timed: int | None = None  # transformer blocks, of `layers`
+    experts_timed: int | None = None  # of `experts`
+    forwards_a_step: int | None = None
+    layer_comm_ratio: float | None = None  # as comm_ratio, of the attention layer alone
+    host_ahead_ms: float | None = None  # work that the device still had to do when a step's forwards were issued: least
+    replayed_share: float | None = None  # of the attention calls, by CUDA graphs
+    wrong_bytes: int | None = None  # of those that left, as far as the link can tell
     assumed: list[str] | None = None  # by a prediction
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from torch import Tensor
+
 from hcms.links import links
 from hcms_lab.measure.cases import Point
+
+_BESIDE_BYTES = 64 << 20  # of other works than attention's: the output of a whole transformer, gathered
 
 
 class Wire(Protocol):
@@ -18,6 +22,14 @@ class Wire(Protocol):
 
     def rewind(self) -> None:
         """Before each call."""
+        ...
+
+    def ask(self, call: Callable[[], Tensor]) -> Tensor:
+        """An untimed call of inputs that were not laid: peers answer what they are asked, at no pace of a link."""
+        ...
+
+    def answer(self) -> None:
+        """After a laid call: peers answer other works, such as a model's gathering of its output."""
         ...
 
     def spoil(self) -> None:
@@ -34,6 +46,10 @@ class PlainWire:
 
     def lay(self, eager_call: Callable[[], object]) -> None: ...
     def rewind(self) -> None: ...
+    def ask(self, call: Callable[[], Tensor]) -> Tensor:
+        return call()
+
+    def answer(self) -> None: ...
     def spoil(self) -> None: ...
     def wrong_bytes(self) -> int:
         return 0
@@ -48,7 +64,7 @@ class GhostWire:
         self._wire, self._heads = WIRE, point.heads
         tensor_bytes = point.batch * (point.seq_len // point.ranks) * point.heads * point.head_dim * 4
         # A ring passes K and V on P - 1 times; an all-to-all of Q, K, V and O is at most four tensors.
-        self._wire.reserve(max(4, 2 * (point.ranks - 1)) * tensor_bytes + (1 << 20))
+        self._wire.reserve(max(4, 2 * (point.ranks - 1)) * tensor_bytes + _BESIDE_BYTES)
 
     def lay(self, eager_call: Callable[[], object]) -> None:
         self._wire.prepare(self._heads)
@@ -57,6 +73,13 @@ class GhostWire:
 
     def rewind(self) -> None:
         self._wire.replay()
+
+    def ask(self, call: Callable[[], Tensor]) -> Tensor:
+        self._wire.prepare(self._heads)
+        return call()
+
+    def answer(self) -> None:
+        self._wire.answer()
 
     def spoil(self) -> None:
         self._wire.spoil()

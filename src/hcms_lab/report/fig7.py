@@ -10,13 +10,13 @@ import pandas as pd
 from hcms_lab.report import parts, style
 from hcms_lab.report.claims import claims
 from hcms_lab.report.registry import register
-from hcms_lab.report.stats import measured
+from hcms_lab.report.stats import COMPOSED, composed, measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-POINT = ["workload", "world_size", "link", "link_ratio", "num_frames"]
+POINT = ["workload", "world_size", "link", "link_ratio", "num_frames", COMPOSED]
 
 # From the attention outwards: name, the records' columns, colour.
 STACK: tuple[tuple[str, tuple[str, ...], str], ...] = (
@@ -35,13 +35,13 @@ def fig7(records: pd.DataFrame) -> Figure:
     """A row a clip length: stacked parts of each method; gains of attention and clip; the clip's against Amdahl's law.
 
     Args:
-        records: `ClipRecord`s of measured clips, `ulysses` among each length's methods. Of several cuts of a method the
-            fastest is drawn.
+        records: `ClipRecord`s of clips, `ulysses` among each length's methods. Of several cuts of a method the fastest
+            is drawn. Clips that were composed of timed steps have rows of their own, and are called so.
     """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    cases = parts.of_one_link(measured(records))
+    cases = composed(parts.of_one_link(measured(records)))
     points = [
         (key, rows) for key, rows in cases.groupby(POINT, dropna=False, sort=False) if "ulysses" in set(rows["method"])
     ]
@@ -58,7 +58,8 @@ def fig7(records: pd.DataFrame) -> Figure:
             _amdahl(row[2], best)
             first = best.iloc[0]
             rho = "" if pd.isna(first["comm_ratio"]) else f", ρ = {float(first['comm_ratio']):.2f}"
-            row[0].set_title(f"{int(first['num_frames'])} frames, {int(first['seq_len']):,} tokens{rho}")
+            kind = ", composed" if first[COMPOSED] else ""
+            row[0].set_title(f"{int(first['num_frames'])} frames, {int(first['seq_len']):,} tokens{rho}{kind}")
             sentences.append(_in_words(best))
         for ax, title in ((axes[0][1], "gain over Ulysses"), (axes[0][2], "against Amdahl's law")):
             ax.set_title(title)
@@ -68,13 +69,25 @@ def fig7(records: pd.DataFrame) -> Figure:
         parts.headline(
             fig,
             f"{one['workload']}, {weights} · {parts.where(cases)}",
-            f"{steps}, flow shift {float(one['flow_shift']):g} · n = {int(cases['n'].min())} clips a method · "
+            f"{steps}, flow shift {float(one['flow_shift']):g} · "
             + ", ".join(dict.fromkeys(f"{style.label(m)}: cut {c}" for m, c in _cuts(cases))),
+            _counted(cases),
         )
         handles: list[Any] = [Patch(color=colour, label=name) for name, _, colour in STACK]
         fig.legend(handles=handles, loc="outside lower center", ncols=4)
         fig.set_label(" ".join(sentences))
     return fig
+
+
+def _counted(cases: pd.DataFrame) -> str:
+    """How many clips a method there are, or of what they are composed where none ran whole."""
+    made = cases[~cases[COMPOSED]]
+    said = [f"n = {int(made['n'].min())} clips a method"] if len(made) else []
+    if len(put := cases[cases[COMPOSED]]):
+        timed, layers = int(put["layers_timed"].min()), int(put["layers"].iloc[0])
+        of = "" if timed == layers else f" with {timed} of {layers} layers"
+        said.append(f"clips composed of n = {int(put['n'].min())} timed steps a method{of}, text encoder and VAE")
+    return ", ".join(said)
 
 
 def _cuts(cases: pd.DataFrame) -> list[tuple[str, str]]:
@@ -86,8 +99,9 @@ def _in_words(best: pd.DataFrame) -> str:
     hcms: Any = best.loc["hcms"] if "hcms" in best.index else best.iloc[-1]
     share = 100 * float(best.iloc[0]["self_attention_share"])
     attention, clip = (100 * (float(hcms[c]) - 1) for c in ("attention_speedup_vs_ulysses", "speedup_vs_ulysses"))
+    kind = "a clip, composed of timed steps," if hcms[COMPOSED] else "a clip"
     return (
-        f"At {int(hcms['num_frames'])} frames, attention takes {share:.0f} % of a clip under Ulysses; HCMS makes it "
+        f"At {int(hcms['num_frames'])} frames, attention takes {share:.0f} % of {kind} under Ulysses; HCMS makes it "
         f"{attention:.1f} % faster and the clip {clip:.1f} %."
     )
 
@@ -107,7 +121,7 @@ def _stack(ax: Axes, best: pd.DataFrame) -> None:
     ax.invert_yaxis()
     ax.margins(x=0.14)
     ax.grid(axis="y", visible=False)
-    ax.set_xlabel("parts of the median clip, s")
+    ax.set_xlabel(f"parts of the median {'composed ' if best[COMPOSED].iloc[0] else ''}clip, s")
 
 
 def _gains(ax: Axes, best: pd.DataFrame) -> None:

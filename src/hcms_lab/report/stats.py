@@ -16,6 +16,7 @@ POINT = ["hardware", "workload", "link", "link_ratio", "world_size", "kernel", "
 SPEEDUP = ["speedup", "speedup_low", "speedup_high", "predicted_speedup"]
 RESAMPLES = 2_000
 LEVEL = 0.95
+COMPOSED = "composed"  # the column of whole clips that says which never ran whole
 
 
 class Interval(NamedTuple):
@@ -146,6 +147,12 @@ def measured(records: pd.DataFrame) -> pd.DataFrame:
     """The cases that ran and gave a correct result, `times_ms` included."""
     good = (records["source"] == "measured") & records["ok"].fillna(False) & records["latency_ms"].notna()
     return _with_attrs(records[good & records["times_ms"].notna()], records)
+
+
+def composed(cases: pd.DataFrame) -> pd.DataFrame:
+    """Cases of whole clips with a truth value a row: whether the clip was composed of timed steps, or ran whole."""
+    known = cases[COMPOSED].fillna(False).astype(bool) if COMPOSED in cases else False
+    return _with_attrs(cases.assign(**{COMPOSED: known}), cases)
 
 
 def fastest(cases: pd.DataFrame, method: str = "hcms") -> pd.DataFrame:

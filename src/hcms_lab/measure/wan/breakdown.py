@@ -34,7 +34,8 @@ PARTS = (
 )
 DENOISING = PARTS[1:7]  # the parts that recur in every step
 
-_CORE, _LAYER = "core", "layer"
+_CORE, _LAYER, _BLOCK = "core", "layer", "block"
+_IN_A_BLOCK = (_CORE, _LAYER, _BLOCK, "cross_attention", "feed_forward")
 
 
 class Breakdown:
@@ -49,7 +50,7 @@ class Breakdown:
         self._device = device
         self._spans: list[tuple[str, int, Any, Any]] = []
         self._step = 0
-        self._began_s = self._total_ms = 0.0
+        self._began_s = self._total_ms = self._issued_ms = 0.0
 
     def clear(self) -> None:
         self._spans.clear()
@@ -70,11 +71,15 @@ class Breakdown:
         """The whole of a clip: everything until its work on the device is done."""
         if self._cuda:
             torch.cuda.synchronize(self._device)
-        began_s = perf_counter()
+        self._began_s = perf_counter()
         yield
         if self._cuda:
             torch.cuda.synchronize(self._device)
-        self._total_ms = (perf_counter() - began_s) * 1e3
+        self._total_ms = (perf_counter() - self._began_s) * 1e3
+
+    def issued(self) -> None:
+        """Note the host's time since the clip began: all that the device is to do until here has been issued."""
+        self._issued_ms = (perf_counter() - self._began_s) * 1e3
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -101,6 +106,7 @@ class Breakdown:
             for transformer in transformers:
                 self._watch_module(transformer, "transformer", undo)
                 for block in transformer.blocks:  # pyright: ignore[reportGeneralTypeIssues]
+                    self._watch_module(block, _BLOCK, undo)
                     for name, part in (("attn1", _LAYER), ("attn2", "cross_attention"), ("ffn", "feed_forward")):
                         self._watch_module(getattr(block, name), part, undo)
             if pipe is not None:
@@ -149,12 +155,26 @@ class Breakdown:
         """The last clip, from its call until its work was done."""
         return self._total_ms
 
-    def parts(self) -> dict[str, float]:
-        """ms of each of `PARTS` in the last clip; they add up to `total_ms`."""
+    @property
+    def issued_ms(self) -> float:
+        """Of the last clip, from its call until `issued`."""
+        return self._issued_ms
+
+    def parts(self, *, blocks: float = 1.0) -> dict[str, float]:
+        """ms of each of `PARTS` in the last clip; they add up to `total_ms`.
+
+        Args:
+            blocks: of a transformer that has only some of its blocks, which are alike: so many times those that ran.
+                What is outside of blocks counts once. The parts then add up to what all blocks would have taken.
+        """
         sums: dict[str, float] = defaultdict(float)
         for name, _, begin, end in self._spans:
             sums[name] += self._ms(begin, end)
-        return _exclusive(sums, self._total_ms)
+        more_ms = (blocks - 1) * sums[_BLOCK]
+        for name in _IN_A_BLOCK:
+            sums[name] *= blocks
+        sums["transformer"] += more_ms
+        return _exclusive(sums, self._total_ms + more_ms)
 
     def by_step(self) -> list[dict[str, float]]:
         """ms of each of `DENOISING` in every denoising step of the last clip."""

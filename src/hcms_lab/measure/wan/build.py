@@ -74,25 +74,43 @@ def materialize(module: nn.Module, device: torch.device, seed: int) -> nn.Module
     return module.requires_grad_(False).eval()
 
 
+def random_expert(model: ModelConfig, device: torch.device, seed: int = 0, *, sharding: str = "none") -> nn.Module:
+    """One denoising transformer with random weights; see `random_pipeline`."""
+    expert = transformer_on_meta(model)
+    if sharding == "fsdp2":
+        shard(expert, device)
+    return materialize(expert, device, seed)
+
+
+def random_text_encoder(model: ModelConfig, device: torch.device, seed: int = 0) -> nn.Module:
+    return materialize(text_encoder_on_meta(model), device, seed + 10)
+
+
+def random_vae(model: ModelConfig, device: torch.device, seed: int = 0) -> nn.Module:
+    return materialize(vae_on_meta(model), device, seed + 20)
+
+
+def scheduler(model: ModelConfig) -> Any:
+    """The pipeline's scheduler, its timesteps still to be set."""
+    from diffusers import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(**_arguments(model.scheduler), flow_shift=model.flow_shift)
+
+
 def random_pipeline(model: ModelConfig, device: torch.device, seed: int = 0, *, sharding: str = "none") -> Pipeline:
     """The whole pipeline with random weights; the tokenizer is ByT5's, whose tokens are bytes and need no file.
 
     `sharding="fsdp2"` shards the transformers over the default process group, block by block (torch's `fully_shard`).
     """
-    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
+    from diffusers import WanImageToVideoPipeline, WanPipeline
     from transformers import ByT5Tokenizer
 
-    experts = []
-    for index in range(model.experts):
-        expert = transformer_on_meta(model)
-        if sharding == "fsdp2":
-            shard(expert, device)
-        experts.append(materialize(expert, device, seed + index))
+    experts = [random_expert(model, device, seed + index, sharding=sharding) for index in range(model.experts)]
     parts: dict[str, Any] = {
         "tokenizer": ByT5Tokenizer(),
-        "text_encoder": materialize(text_encoder_on_meta(model), device, seed + 10),
-        "vae": materialize(vae_on_meta(model), device, seed + 20),
-        "scheduler": UniPCMultistepScheduler(**_arguments(model.scheduler), flow_shift=model.flow_shift),
+        "text_encoder": random_text_encoder(model, device, seed),
+        "vae": random_vae(model, device, seed),
+        "scheduler": scheduler(model),
         "transformer": experts[0],
         "transformer_2": experts[1] if model.experts > 1 else None,
         "boundary_ratio": model.boundary_ratio,

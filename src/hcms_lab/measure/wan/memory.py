@@ -39,11 +39,20 @@ class RankCount:
     step_bytes: float
     decode_bytes: float
     buffer_bytes: int  # of one attention object; part of a step's
+    expert_bytes: float  # a layer's `layer_bytes` of it times layers
+    layer_bytes: float
+    text_encoder_bytes: float
+    vae_bytes: float
 
     @property
     def need_bytes(self) -> float:
         """All weights at once, and the larger of a denoising step and the decoding."""
         return self.weight_bytes + max(self.step_bytes, self.decode_bytes) + RESERVE
+
+    def steps_need_bytes(self, layers_left_out: int) -> float:
+        """Where steps of one expert are timed: its weights and a step, or either end's, which are gone by then."""
+        expert = self.expert_bytes - layers_left_out * self.layer_bytes
+        return max(expert + self.step_bytes, self.vae_bytes + self.decode_bytes, self.text_encoder_bytes) + RESERVE
 
 
 def rank_counts(
@@ -61,7 +70,7 @@ def rank_counts(
     expert = transformer_on_meta(model)
     vae = vae_on_meta(model)
     expert_bytes, block_bytes = _bytes(expert), _bytes(expert.get_submodule("blocks.0"))
-    others_bytes = _bytes(text_encoder_on_meta(model)) + _bytes(vae)
+    text_bytes, vae_bytes = _bytes(text_encoder_on_meta(model)), _bytes(vae)
     decode_bytes = _decode_bytes(vae, clip, vae_tiling)
     found = []
     for ranks in divisors(heads):
@@ -79,10 +88,14 @@ def rank_counts(
                 heads // ranks,
                 layer,
                 layer * layers * (2 if guidance else 1),
-                model.experts * expert_here + others_bytes,
+                model.experts * expert_here + text_bytes + vae_bytes,
                 _step_bytes(expert, model, clip, ranks, element),
                 decode_bytes,
                 _buffer_bytes(clip.tokens // ranks, heads * head_dim, element),
+                expert_here,
+                block_bytes / ranks if sharded else block_bytes,
+                text_bytes,
+                vae_bytes,
             )
         )
     return found
