@@ -37,7 +37,7 @@ from hcms_lab.measure.fits import check_memory, check_pace
 from hcms_lab.measure.wan.folder import as_saved
 from hcms_lab.report.terminal_clips import clip_tables
 
-NEEDS = ("diffusers", "transformers", "accelerate", "imageio_ffmpeg")
+NEEDS = ("diffusers", "transformers", "accelerate")
 CARDS_GB = (24, 32, 48, 80, 96, 141, 180)  # memories of the catalogue's GPUs
 
 
@@ -95,7 +95,7 @@ def validate(cfg: Settings) -> None:
                 check_pace(layer, cfg.link.gbps, latency_us_of(cfg))
             if not cfg.dry and cfg.memory_gib is None:  # one layer, before the whole model is built to be counted
                 check_memory(layer, f"frames={clip.frames}", device_of(cfg))
-    if missing := [name for name in NEEDS if find_spec(name) is None]:
+    if missing := [name for name in (*NEEDS, *(("imageio_ffmpeg",) if cfg.timed == "clips" else ())) if find_spec(name) is None]:
         raise UsageError(f"{cfg.name} needs {', '.join(missing)}: pip install -e '.[lab]'")
     _check_kernel(cfg, model)
     if source is not None and not Path(source).is_dir():
