@@ -18,9 +18,10 @@ import pytest
 
 from hcms_lab.cli import main
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.ground.load import hardware_name, records
+from hcms_lab.ground.load import hardware_name, records, reduced
 from hcms_lab.report import contribute
 from hcms_lab.report.contribute import place, problems
+from hcms_lab.report.cut_off import whole_points
 from made_runs import make_run
 
 pytestmark = pytest.mark.t0
@@ -266,3 +267,19 @@ def test_command_says_each_reason_in_a_line(tmp_path: Path, capsys: pytest.Captu
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert all(line.startswith("not fit to publish: ") for line in lines)
+
+
+def test_a_run_that_was_cut_off_gives_its_whole_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path)
+    assert main(["contribute", str(folder), "--cut-off"]) == 2
+    assert "lacks no point: contribute it without --cut-off" in capsys.readouterr().err
+    change_records(folder, drop_length)
+    before = files_of(folder)
+    assert main(["contribute", str(folder), "--check"]) == 1
+    assert "no record with latent_frames=16; go on with resume=<folder>, or give --cut-off" in capsys.readouterr().err
+    assert main(["contribute", str(folder), "--check", "--cut-off"]) == 0
+    assert "with --variant NAME: cut off with 1 of 2 latent_frames" in capsys.readouterr().out
+    target = place(whole_points(folder, tmp_path / "whole"), tmp_path, variant="short")
+    assert files_of(folder) == before
+    assert set(records(target)["frames"]) == {9}
+    assert (reduced(target), problems(target)) == ("cut off with 1 of 2 latent_frames", [])

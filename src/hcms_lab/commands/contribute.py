@@ -4,6 +4,7 @@
     hcms-lab contribute outputs/fig3/latest --check              # check only
     hcms-lab contribute outputs/fig3/latest --variant p2p-off    # beside others, under <hardware>-p2p-off
     hcms-lab contribute outputs/fig3/latest --replace            # instead of an earlier run of this hardware
+    hcms-lab contribute outputs/fig3/unfinished --cut-off --variant short    # the points that it has whole
 
 A run passes if it is complete and every case is ok, its code is that of a commit, its environment is there, and
 nothing in it tells a secret, a user, a host or an absolute path. Exit status 1 where it does not pass, a line a reason.
@@ -16,24 +17,34 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hcms_lab.ground.errors import UsageError
 
 
 def options(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="a run's folder, such as outputs/fig3/latest")
+    parser.add_argument("--cut-off", action="store_true", help="of a run that was cut off, the points that are whole")
     parser.add_argument("--check", action="store_true", help="check only, copy nothing")
     parser.add_argument("--variant", help="what sets this run apart from others of the same hardware, such as p2p-off")
     parser.add_argument("--replace", action="store_true", help="replace an earlier run of this experiment and hardware")
 
 
 def run(arguments: Namespace) -> int:
-    from hcms_lab.ground.load import records, reduced
-    from hcms_lab.report.contribute import place, problems
+    from hcms_lab.report.cut_off import whole_points
 
     if not arguments.folder.is_dir():
         raise UsageError(f"{arguments.folder} is no folder: give a run's, such as outputs/fig3/latest")
-    folder = arguments.folder.resolve()
+    with TemporaryDirectory() as scratch:
+        folder = arguments.folder.resolve()
+        return placed(whole_points(folder, Path(scratch) / "run") if arguments.cut_off else folder, arguments)
+
+
+def placed(folder: Path, arguments: Namespace) -> int:
+    """Check a run and copy it; the exit status."""
+    from hcms_lab.ground.load import records, reduced
+    from hcms_lab.report.contribute import place, problems
+
     found = problems(folder)
     for line in found:
         print(f"not fit to publish: {line}", file=sys.stderr)

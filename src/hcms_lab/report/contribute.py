@@ -19,11 +19,13 @@ import yaml
 
 from hcms.schedule.cut import parse_shape
 from hcms_lab.ground import private
+from hcms_lab.ground.checks import as_list
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.load import config, environment, plan, records, reduced
 from hcms_lab.ground.paths import ROOT, inside
 from hcms_lab.ground.private import words
 from hcms_lab.ground.records import parsed, read_bounded, read_rows
+from hcms_lab.report.cut_off import unanswered
 
 FILES = ("records.jsonl", "env.json", "config.resolved.yaml")
 MAX_MIB = 8.0  # of one run: a trace of one iteration is small, a trace of them all does not belong in a repository
@@ -142,17 +144,9 @@ def _incomplete(table: pd.DataFrame, cfg: Mapping[str, Any]) -> Iterator[str]:
     """What the configuration asked for and no record answers."""
     if cfg.get("kind") in GATHERING:
         return
-    # A clip's configuration counts video frames, its records latent ones as well.
-    frames = ("frames", "num_frames") if "num_frames" in table else ("latent_frames", "frames")
-    for option, column in (("ranks", "world_size"), ("kernels", "kernel"), frames):
-        # `each` and `all` ask for what the machine has.
-        absent = set(_listed(cfg.get(option))) - {"each", "all"} - set(table[column].dropna())
-        if absent and table[column].notna().any():
-            yield f"incomplete: no record with {option}={_text(absent)}; go on with resume=<folder>"
-    ratios = {r for r in _listed((cfg.get("link") or {}).get("ratio")) if isinstance(r, int | float)}
-    if table["link_ratio"].notna().any() and ratios - set(table["link_ratio"].dropna()):
-        yield f"incomplete: no record with link.ratio={_text(ratios - set(table['link_ratio'].dropna()))}"
-    entries = [str(entry).partition("@") for entry in _listed(cfg.get("methods"))]
+    for option, values in unanswered(table, cfg).items():
+        yield f"incomplete: no record with {option}={_text(set(values))}; go on with resume=<folder>, or give --cut-off"
+    entries = [str(entry).partition("@") for entry in as_list(cfg.get("methods"))]
     for point, cases in table.groupby(["world_size", "seq_len", "kernel", "dtype", "link_ratio"], dropna=False):
         where = f"{point[0]:g} ranks, {point[1]:g} tokens"
         there = {(method, plan(cut) or "") for method, cut in zip(cases["method"], cases["cut"], strict=True)}
@@ -163,7 +157,7 @@ def _incomplete(table: pd.DataFrame, cfg: Mapping[str, Any]) -> Iterator[str]:
                 continue
             if not any(cut for name, cut in there if name == method):
                 continue
-            for cut in [own_cut] if own_cut else _listed(cfg.get("cuts")):
+            for cut in [own_cut] if own_cut else as_list(cfg.get("cuts")):
                 if (method, "auto" if cut == "auto" else _cut(cut, cases)) not in there:
                     yield f"incomplete: {method} has no record with the cut {cut} at {where}"
 
@@ -240,10 +234,6 @@ def _cut(cut: Any, cases: pd.DataFrame) -> str | None:
         return str(parse_shape(cut, heads))
     except ValueError:
         return None
-
-
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _text(values: set[Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,11 +12,13 @@ from hcms_lab.report import parts, style
 from hcms_lab.report.claims import claims
 from hcms_lab.report.registry import register
 from hcms_lab.report.stats import COMPOSED, composed, measured
+from hcms_lab.report.words import short_cut
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LINE = 110  # characters that fit into the title's width
 POINT = ["workload", "world_size", "link", "link_ratio", "num_frames", COMPOSED]
 
 # From the attention outwards: name, the records' columns, colour.
@@ -58,7 +61,7 @@ def fig7(records: pd.DataFrame) -> Figure:
             _amdahl(row[2], best)
             first = best.iloc[0]
             rho = "" if pd.isna(first["comm_ratio"]) else f", ρ = {float(first['comm_ratio']):.2f}"
-            kind = ", composed" if first[COMPOSED] else ""
+            kind = ", composed" if first[COMPOSED] and not cases[COMPOSED].all() else ""
             row[0].set_title(f"{int(first['num_frames'])} frames, {int(first['seq_len']):,} tokens{rho}{kind}")
             sentences.append(_in_words(best))
         for ax, title in ((axes[0][1], "gain over Ulysses"), (axes[0][2], "against Amdahl's law")):
@@ -69,9 +72,8 @@ def fig7(records: pd.DataFrame) -> Figure:
         parts.headline(
             fig,
             f"{one['workload']}, {weights} · {parts.where(cases)}",
-            f"{steps}, flow shift {float(one['flow_shift']):g} · "
-            + ", ".join(dict.fromkeys(f"{style.label(m)}: cut {c}" for m, c in _cuts(cases))),
-            _counted(cases),
+            f"{steps}, flow shift {float(one['flow_shift']):g} · {_counted(cases)}",
+            *wrap("; ".join(f"{style.label(m)}: {', '.join(cuts)}" for m, cuts in _cuts(cases).items()), LINE),
         )
         handles: list[Any] = [Patch(color=colour, label=name) for name, _, colour in STACK]
         fig.legend(handles=handles, loc="outside lower center", ncols=4)
@@ -90,9 +92,13 @@ def _counted(cases: pd.DataFrame) -> str:
     return ", ".join(said)
 
 
-def _cuts(cases: pd.DataFrame) -> list[tuple[str, str]]:
+def _cuts(cases: pd.DataFrame) -> dict[str, list[str]]:
+    """The cuts that are drawn of each method, each once."""
     best = cases[cases["cut"].notna()].sort_values("latency_ms").drop_duplicates([*POINT, "method"])
-    return [(str(m), str(c)) for m, c in zip(best["method"], best["cut"], strict=True)]
+    return {
+        str(m): list(dict.fromkeys(short_cut(str(cut)) for cut in its["cut"]))
+        for m, its in best.groupby("method", sort=False)
+    }
 
 
 def _in_words(best: pd.DataFrame) -> str:
@@ -115,7 +121,7 @@ def _stack(ax: Axes, best: pd.DataFrame) -> None:
         ax.barh(rows, seconds, left=left, color=colour, height=0.72, edgecolor="white", linewidth=0.4)
         left += seconds
     for row, total in zip(rows, left, strict=True):
-        ax.annotate(f"{total:.2f}" if total < 100 else f"{total:.0f}", (total, row), xytext=(2, 0),
+        ax.annotate(f"{total:.{max(0, 2 - int(np.log10(max(total, 1.0))))}f}", (total, row), xytext=(2, 0),
                     textcoords="offset points", va="center", fontsize=6.5)  # fmt: skip
     ax.set_yticks(rows, [style.label(str(m)) for m in best.index])
     ax.invert_yaxis()
