@@ -260,12 +260,19 @@ def of_clips(table: pd.DataFrame) -> Finding:
 
 def test_a_clips_row_is_fixed_beforehand_and_has_eight_clips() -> None:
     finding = of_clips(clips(8))
-    assert finding.short == "cpu-x +10.0 % (emulated link)", "the first cut, not the best"
+    assert finding.short == "cpu-x hcms +10.0 % (emulated link)", "the first cut, not the best"
     assert finding.verdict == "mechanism shown"
-    assert "cut 1-3-1" in finding.evidence[0].on
+    assert "hcms 1-3-1" in finding.evidence[0].on
     few = of_clips(clips(7))
     assert few.verdict == UNTOLD
     assert "fewer than 8 clips" in few.evidence[0].measured
+
+
+def test_clips_are_judged_by_hcms_zero_where_it_ran_with_the_papers_lanes_beside() -> None:
+    ours = clips(8, ("1-4-1",), method="hcms-zero", speedup_vs_ulysses=1.3, speedup_interval=[1.2, 1.4])
+    finding = of_clips(pd.concat([clips(8), ours], ignore_index=True))
+    assert finding.short == "cpu-x hcms-zero +30.0 %, hcms +10.0 % (emulated link)"
+    assert "hcms-zero 1-4-1" in finding.evidence[0].on
 
 
 def test_a_small_model_on_gpus_shows_the_mechanism() -> None:
