@@ -233,6 +233,10 @@ class Layer(LayerConfig, CasesConfig):
         ({"latent_frames": [4]}, ["1 of 4 latent_frames"]),
         ({"cuts": []}, []),
         ({"methods": ["ulysses"], "name": "mine", "output": "elsewhere"}, ["1 of 6 methods"]),
+        (
+            {"methods": ["ulysses", "hcms@1-1", "hcms@2", "hcms", "ring", "ring"]},
+            ["no ulysses-packed, hcms-serial, ceiling"],
+        ),
         ({"bench": BenchConfig(iterations=3)}, ["3 of 12 rounds"]),
         ({"bench": BenchConfig(iterations=30)}, []),
         ({"ranks": 2}, ["ranks 2 of each"]),

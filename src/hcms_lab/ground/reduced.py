@@ -25,7 +25,14 @@ def reductions(cfg: BaseConfig, own: BaseConfig) -> list[str]:
             less.append(f"{short} {', '.join(map(str, there))} of {values[0]}")
         elif len(there) < len(values):
             less.append(f"{len(there)} of {len(values)} {short}")
+        elif name == "methods" and (absent := [m for m in _names(values) if m not in _names(there)]):
+            less.append(f"no {', '.join(absent)}")
     return less
+
+
+def _names(methods: list[Any]) -> list[str]:
+    """Each method once, without its cuts."""
+    return list(dict.fromkeys(str(entry).partition("@")[0] for entry in methods))
 
 
 def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
