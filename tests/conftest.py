@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 
 import pytest
+
+import forks
 
 # Before any test module imports torch, wandb or matplotlib; ranks that a test starts inherit these.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,6 +25,19 @@ else:
     settings.register_profile("local", deadline=None, max_examples=60)
     settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True)
     settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name where tests find the session's warm Python (forks.py); nothing is started before a test asks for it."""
+    if hasattr(config, "workerinput"):  # the session that started this worker has
+        return
+    place, held = forks.open_place()
+
+    def end() -> None:
+        os.close(held)
+        shutil.rmtree(place, ignore_errors=True)
+
+    atexit.register(end)  # after whatever tests have registered, ranks that must be ended first
 
 
 TIERS = {"t0", "t1", "t2", "t3"}

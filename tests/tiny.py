@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import Timer
+from tempfile import TemporaryFile
+
+from forks import start_command
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 LIMIT_S = 220  # of a command; a test says by its own limit that it wants less
@@ -52,41 +51,15 @@ def command(folder: Path, *arguments: str, **variables: str) -> subprocess.Compl
     )
 
 
-@cache
-def _warm() -> subprocess.Popen[str]:
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("warm.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        start_new_session=True,  # an interrupt of the tests is theirs
-    )
-
-    def end() -> None:
-        assert server.stdin is not None
-        server.stdin.close()
-        server.wait()
-
-    atexit.register(end)
-    return server
-
-
 def _forked(folder: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    server = _warm()
-    assert server.stdin is not None
-    assert server.stdout is not None
-    with TemporaryDirectory(prefix="command-") as scratch:
-        out, err = Path(scratch, "out"), Path(scratch, "err")
-        order = {"folder": str(folder), "arguments": arguments, "environment": environment}
-        server.stdin.write(json.dumps({**order, "out": str(out), "err": str(err)}) + "\n")
-        server.stdin.flush()
-        pid = int(server.stdout.readline())
-        late = Timer(LIMIT_S, os.kill, (pid, signal.SIGKILL))
-        late.start()
-        status = int(server.stdout.readline())
-        late.cancel()
-        return subprocess.CompletedProcess(list(arguments), status, out.read_text(), err.read_text())
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        process = start_command(arguments, folder, out.fileno(), err.fileno(), environment)
+        try:
+            status = process.wait(LIMIT_S)
+        finally:
+            process.kill()
+        texts = [file.seek(0) or file.read() for file in (out, err)]
+    return subprocess.CompletedProcess(list(arguments), status, *texts)
 
 
 @cache
