@@ -30,6 +30,7 @@ from hcms_lab.measure.cases import (
     device_of,
     latency_us_of,
     link_of,
+    one_for_all,
     ranks_of,
     ratios_of,
 )
@@ -63,12 +64,9 @@ def writes(cfg: Settings) -> bool:
 def validate(cfg: Settings) -> None:
     """Refuse what could not run, memory included, before any rank starts and before any weight is loaded."""
     check_run(cfg)
-    from hcms.links import links
-
-    link = link_of(cfg)
-    if links()[link].processes == "one" and not cfg.dry:
+    if one_for_all(cfg) and not cfg.dry:
         raise UsageError(
-            f"link.kind={link}: {cfg.name} does not run over it; give device=cpu, or start it on several GPUs"
+            f"link.kind={link_of(cfg)}: {cfg.name} does not run over it; give device=cpu, or start it on several GPUs"
         )
     if cfg.memory_gib is not None:
         number("memory_gib", cfg.memory_gib, 0, 1e6, above=True)

@@ -44,10 +44,14 @@ TIERS = {"t0", "t1", "t2", "t3"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test file says its tier, so that `-m t0` is what it says; what shares a card goes to one worker."""
+    """Every test file says its tier, so that `-m t0` is what it says; what shares a card goes to one worker.
+
+    What one worker runs as a whole comes first, so that the other does not wait for it at the end.
+    """
     for item in items:
         if item.get_closest_marker("t2"):
             item.add_marker(pytest.mark.xdist_group("card"))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
     untold = sorted({item.path.name for item in items if TIERS.isdisjoint(m.name for m in item.iter_markers())})
     if untold := [name for name in untold if name.startswith("test_")]:
         raise pytest.UsageError(f"{', '.join(untold)}: no tier; give it pytestmark = pytest.mark.t0 (or t1, t2, t3)")

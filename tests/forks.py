@@ -11,11 +11,11 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile, mkdtemp
 from typing import Any
 
 import warm
@@ -34,12 +34,10 @@ class Fork:
         *,
         folder: Path | str,
         environment: Mapping[str, str],
-        targets: Sequence[int] = (),
-        own_session: bool = False,
     ) -> None:
         self._word = _connected()
-        told = {"folder": str(folder), "environment": dict(environment), "as": targets, "own_session": own_session}
-        warm.send(self._word, {**order, **told}, list(files))
+        told = {"folder": str(folder), "environment": dict(environment), "as": list(range(len(files)))}
+        warm.send(self._word, {**told, **order}, list(files))
         self._said = b""
         self.returncode: int | None = None
         pid = self._number(None)
@@ -83,15 +81,48 @@ class Fork:
         self.send_signal(signal.SIGKILL)
 
 
-def start_command(
-    arguments: Sequence[str], folder: Path, out: int, err: int, environment: Mapping[str, str], **options: Any
-) -> Fork:
-    """A script with its arguments, in `folder`, its output in those open files."""
-    with open(os.devnull, "rb") as nothing:
-        files = [nothing.fileno(), out, err]
-        return Fork(
-            {"arguments": list(arguments)}, files, folder=folder, environment=environment, targets=[0, 1, 2], **options
-        )
+class Command(Fork):
+    """A script, `-m` or `-c` with its arguments, as Python is given them; its output is kept for `communicate`.
+
+    In a session of its own it has a terminal's signals, but for those that it `ignores`.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        *,
+        own_session: bool = False,
+        ignores: Sequence[int] = (),
+    ) -> None:
+        self._out, self._err = TemporaryFile("w+"), TemporaryFile("w+")  # noqa: SIM115
+        order = {"arguments": list(arguments), "own_session": own_session, "ignores": [int(each) for each in ignores]}
+        with open(os.devnull, "rb") as nothing:
+            files = [nothing.fileno(), self._out.fileno(), self._err.fileno()]
+            super().__init__(order, files, folder=folder, environment=environment)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it printed, once it has ended."""
+        self.wait(timeout)
+        texts = []
+        for file in (self._out, self._err):
+            file.seek(0)
+            texts.append(file.read())
+            file.close()
+        return texts[0], texts[1]
+
+
+def python(
+    arguments: Sequence[str], folder: Path, environment: Mapping[str, str], timeout_s: float = 100.0
+) -> subprocess.CompletedProcess[str]:
+    """What `python` with these arguments does in `folder`, to its end."""
+    process = Command(arguments, folder, environment)
+    try:
+        out, err = process.communicate(timeout_s)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(list(arguments), process.wait(), out, err)
 
 
 def _connected() -> socket.socket:
@@ -134,7 +165,7 @@ def _started(place: Path) -> socket.socket:
 
 def open_place() -> tuple[Path, int]:
     """A folder for the socket, and what keeps a warm Python alive until it is closed: a pipe's end for writing."""
-    place = Path(tempfile.mkdtemp(prefix="warm-"))
+    place = Path(mkdtemp(prefix="warm-"))
     os.mkfifo(place / "alive")
     held = os.open(place / "alive", os.O_RDWR)
     os.environ[PLACE] = str(place)

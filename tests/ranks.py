@@ -58,7 +58,8 @@ class Ranks:
         self._processes: list[Fork] = []
         for rank in range(ranks):
             ours, theirs = Pipe()
-            order = {"rank": [rank, ranks, str(self._store)], "path": sys.path, "key": current_process().authkey.hex()}
+            order = {"rank": [rank, ranks, str(self._store)], "as": []}
+            order |= {"path": sys.path, "key": current_process().authkey.hex()}
             self._processes.append(Fork(order, [theirs.fileno()], folder=Path.cwd(), environment=os.environ))
             self._ends.append(ours)
             theirs.close()

@@ -6,13 +6,11 @@ import atexit
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryFile
 
-from forks import start_command
+from forks import python
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 LIMIT_S = 220  # of a command; a test says by its own limit that it wants less
@@ -34,32 +32,11 @@ FIG3 = (
 def command(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """A Python command in `folder`, from where modules may be imported too; no GPU is visible to it.
 
-    A script is run by a fork of `warm.py`, which has imported torch already; `-m` and `-c` start an interpreter.
+    It is a fork of `warm.py`, which has imported torch already; what torchrun starts are interpreters of their own.
     """
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **variables}
-    if arguments[0].endswith(".py"):
-        return _forked(folder, arguments, environment)
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-
-
-def _forked(folder: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
-        process = start_command(arguments, folder, out.fileno(), err.fileno(), environment)
-        try:
-            status = process.wait(LIMIT_S)
-        finally:
-            process.kill()
-        texts = [file.seek(0) or file.read() for file in (out, err)]
-    return subprocess.CompletedProcess(list(arguments), status, *texts)
+    return python(arguments, folder, environment, LIMIT_S)
 
 
 @cache

@@ -3,7 +3,7 @@
 An interpreter takes four seconds of a core to import torch, pandas and Matplotlib, nine with diffusers: as often as a
 test starts a command, and again for the server that the command's ranks are forked from. This one imports them once a
 session, for all workers, and forks. A fork has the order's folder, environment, arguments and open files; what it runs
-is a script as `__main__`, or one rank of `ranks.py`.
+is a script, a module or a statement (`-m`, `-c`) as `__main__`, or one rank of `ranks.py`.
 
 It listens at the socket that it is named: an order a connection, with the files that go with it. Its answers there: the
 fork's process id, then its exit status. It ends with its own standard input, so with whoever started it.
@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from importlib import import_module
 from multiprocessing import current_process, util
 from multiprocessing.connection import Connection
@@ -29,12 +30,14 @@ from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
 PRELOADED = (
-    "hcms_lab.measure.measure hcms_lab.ground.compose hcms_lab.run hcms_lab.report.registry hydra rich.table seaborn "
-    "matplotlib.backends.backend_agg matplotlib.backends.backend_pdf fontTools.subset PIL.PngImagePlugin "
-    "hcms.attention hcms.diffusers hcms_lab.measure.wan.build torch._dynamo pytest hypothesis ranks"
-).split()
+    *("hcms.attention", "hcms.diffusers", "hcms_lab.measure.measure", "hcms_lab.measure.wan.build"),
+    *("hcms_lab.ground.compose", "hcms_lab.run", "hcms_lab.cli", "hcms_lab.report.registry", "hydra", "rich.table"),
+    *("seaborn", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "fontTools.subset"),
+    *("PIL.PngImagePlugin", "torch._dynamo", "pytest", "hypothesis", "ranks"),
+)
 LAZY = ("WanPipeline", "WanImageToVideoPipeline", "WanTransformer3DModel")  # of diffusers, where it is there
 SERVER = "from multiprocessing.forkserver import main; "
+TERMINALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
 _LONGEST = 2**20  # bytes of an order: an environment, mostly
 
 
@@ -73,18 +76,38 @@ def be_told(order: dict[str, Any], files: list[int]) -> None:
     os.environ.update(order["environment"])
     if order.get("own_session"):
         os.setsid()
-    for target, file in zip(order["as"], files, strict=False):  # a rank knows its file by itself
+        for each, handler in TERMINALS.items():
+            signal.signal(each, signal.SIG_IGN if each in order["ignores"] else handler)
+    for target, file in zip(order["as"], files, strict=False):
         os.dup2(file, target)
+
+
+def be_a_rank(order: dict[str, Any], word: int) -> None:
+    """Be one of the ranks of `ranks.Ranks`, which sends functions over that file; does not return."""
+    sys.path[:0] = order["path"]
+    current_process().authkey = bytes.fromhex(order["key"])  # what tensors are handed on by
+    import ranks
+
+    ranks.serve(Connection(word), *order["rank"])
 
 
 def become(order: dict[str, Any]) -> None:
     """Be the command: from here on this process is its own."""
     ready_a_server()
-    script, *arguments = order["arguments"]
-    sys.argv = [script, *arguments]
-    sys.path[:0] = [os.path.dirname(script), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    what, *arguments = order["arguments"]
+    beside = "" if what in ("-c", "-m") else os.path.dirname(what)
+    sys.path[:0] = [beside, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.argv = [what, *arguments]
     try:
-        runpy.run_path(script, run_name="__main__")
+        match what:
+            case "-c":
+                sys.argv = ["-c", *arguments[1:]]
+                exec(arguments[0], {"__name__": "__main__"})
+            case "-m":
+                sys.argv = arguments
+                runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+            case script:
+                runpy.run_path(script, run_name="__main__")
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -137,10 +160,8 @@ def be_a_server(word: socket.socket) -> None:
         for file in apart:
             os.close(file)
         signal.pthread_sigmask(signal.SIG_SETMASK, order["blocked"])
-        try:
+        with suppress(SystemExit):
             exec(order["do"], {})
-        except SystemExit:
-            pass
     os._exit(0)
 
 
@@ -187,10 +208,8 @@ def serve(place: str) -> tuple[dict[str, Any], list[int]] | None:
 
 
 def answer(asker: socket.socket, number: int) -> None:
-    try:
+    with suppress(BrokenPipeError):  # it has gone
         asker.sendall(f"{number}\n".encode())
-    except BrokenPipeError:  # it has gone
-        pass
 
 
 def main(place: str) -> None:
@@ -200,11 +219,7 @@ def main(place: str) -> None:
     order, files = told
     be_told(order, files)
     if "rank" in order:
-        sys.path[:0] = order["path"]
-        current_process().authkey = bytes.fromhex(order["key"])  # what tensors are handed on by
-        import ranks
-
-        ranks.serve(Connection(files[0]), *order["rank"])
+        be_a_rank(order, *files)
     for file in files:
         os.close(file)
     become(order)
