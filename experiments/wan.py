@@ -145,7 +145,7 @@ def run(cfg: Settings, folder: Path | None) -> bool:
                 folder=folder,
                 poll=show,
                 timeout_s=cfg.bench.timeout_s,
-                forked_with=("hcms_lab.measure.wan.clips",),
+                forked_with=("hcms_lab.measure.wan.clips", "diffusers.pipelines.wan.pipeline_wan"),
             )
     found = file.read()
     console = Console()
