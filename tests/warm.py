@@ -44,7 +44,8 @@ _LONGEST = 2**20  # bytes of an order: an environment, mostly
 def send(word: socket.socket, order: dict[str, Any], files: list[int]) -> None:
     """An order is a line of JSON, and open files beside it."""
     text = json.dumps(order).encode() + b"\n"
-    word.sendall(text[socket.send_fds(word, [text], files) :])
+    if rest := text[socket.send_fds(word, [text], files) :]:  # to send nothing fails where the other end has closed
+        word.sendall(rest)
 
 
 def receive(word: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
