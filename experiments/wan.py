@@ -30,6 +30,7 @@ from hcms_lab.measure.cases import (
     device_of,
     latency_us_of,
     link_of,
+    one_for_all,
     ranks_of,
     ratios_of,
 )
@@ -66,21 +67,17 @@ def writes(cfg: Settings) -> bool:
 def validate(cfg: Settings) -> None:
     """Refuse what could not run, memory included, before any rank starts and before any weight is loaded."""
     check_run(cfg)
-    from hcms.links import links
-
-    link = link_of(cfg)
-    one_for_all = links()[link].processes == "one"
     one_of("timed", cfg.timed, ("clips", "steps"))
-    if one_for_all and cfg.timed == "clips" and not cfg.dry:
+    if one_for_all(cfg) and cfg.timed == "clips" and not cfg.dry:
         raise UsageError(
-            f"link.kind={link}: no whole clip can be made with peers that are memory; give timed=steps, device=cpu, or "
-            f"start it on several GPUs"
+            f"link.kind={link_of(cfg)}: no whole clip can be made with peers that are memory; give timed=steps, "
+            f"device=cpu, or start it on several GPUs"
         )
     if cfg.memory_gib is not None:
         number("memory_gib", cfg.memory_gib, 0, 1e6, above=True)
     model, source = resolved(cfg)
     clips = clips_of(cfg, model)
-    _check_steps(cfg, model, one_for_all)
+    _check_steps(cfg, model)
     all_ranks = ranks_of(cfg)
     heads = model.transformer["num_attention_heads"]
     for ranks in all_ranks:
@@ -95,7 +92,8 @@ def validate(cfg: Settings) -> None:
                 check_pace(layer, cfg.link.gbps, latency_us_of(cfg))
             if not cfg.dry and cfg.memory_gib is None:  # one layer, before the whole model is built to be counted
                 check_memory(layer, f"frames={clip.frames}", device_of(cfg))
-    if missing := [name for name in (*NEEDS, *(("imageio_ffmpeg",) if cfg.timed == "clips" else ())) if find_spec(name) is None]:
+    needs = (*NEEDS, "imageio_ffmpeg") if cfg.timed == "clips" else NEEDS  # steps write no video
+    if missing := [name for name in needs if find_spec(name) is None]:
         raise UsageError(f"{cfg.name} needs {', '.join(missing)}: pip install -e '.[lab]'")
     _check_kernel(cfg, model)
     if source is not None and not Path(source).is_dir():
@@ -155,7 +153,7 @@ def run(cfg: Settings, folder: Path | None) -> bool:
                 folder=folder,
                 poll=show,
                 timeout_s=cfg.bench.timeout_s,
-                forked_with=(f"hcms_lab.measure.wan.{cfg.timed}",),
+                forked_with=(f"hcms_lab.measure.wan.{cfg.timed}", "diffusers.pipelines.wan.pipeline_wan"),
             )
     found = file.read()
     console = Console()
@@ -207,7 +205,7 @@ def resolved(cfg: Settings) -> tuple[ModelConfig, str | None]:
     return model, source
 
 
-def _check_steps(cfg: Settings, model: ModelConfig, one_for_all: bool) -> None:
+def _check_steps(cfg: Settings, model: ModelConfig) -> None:
     """Refuse what timed steps cannot have, and what only they have."""
     if cfg.timed == "clips":
         if cfg.layers_timed is not None:
@@ -217,7 +215,7 @@ def _check_steps(cfg: Settings, model: ModelConfig, one_for_all: bool) -> None:
         whole("layers_timed", cfg.layers_timed, high=int(model.transformer["num_layers"]))
     if cfg.weights != "random":
         raise UsageError(f"weights={cfg.weights}: timed=steps builds one expert with random weights; give timed=clips")
-    if one_for_all:
+    if one_for_all(cfg):
         for name, value, of_all in (("sharding", cfg.sharding, "none"), ("compare_plain", cfg.compare_plain, False)):
             if value != of_all:
                 raise UsageError(

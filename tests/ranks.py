@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import Pipe, current_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from forks import Fork
 from hcms.kernels import attend_full, kernel
 from hcms.links import emulated
 from hcms_lab.measure.launch import Rank
@@ -52,19 +53,15 @@ class Ranks:
     """P processes that wait for work."""
 
     def __init__(self, ranks: int) -> None:
-        context = get_context("forkserver")  # torch is imported once, and not by each
-        context.set_forkserver_preload(
-            [name for name in (__name__, "hcms.attention", "tiny_wan") if name in sys.modules]
-        )
         self._store = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
-        pipes = [context.Pipe() for _ in range(ranks)]
-        self._ends: list[Connection] = [ours for ours, _ in pipes]
-        self._processes = [
-            context.Process(target=_serve, args=(theirs, r, ranks, str(self._store)), daemon=True)
-            for r, (_, theirs) in enumerate(pipes)
-        ]
-        for process, (_, theirs) in zip(self._processes, pipes, strict=True):
-            process.start()
+        self._ends: list[Connection] = []
+        self._processes: list[Fork] = []
+        for rank in range(ranks):
+            ours, theirs = Pipe()
+            order = {"rank": [rank, ranks, str(self._store)], "as": []}
+            order |= {"path": sys.path, "key": current_process().authkey.hex()}
+            self._processes.append(Fork(order, [theirs.fileno()], folder=Path.cwd(), environment=os.environ))
+            self._ends.append(ours)
             theirs.close()
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
@@ -86,10 +83,11 @@ class Ranks:
         for end in self._ends:
             end.close()  # a rank that reads the end of its pipe leaves
         for process in self._processes:
-            process.join(timeout=2)
-            if process.is_alive():
+            try:
+                process.wait(timeout=2)
+            except TimeoutError:
                 process.kill()
-                process.join()
+                process.wait()
         self._store.unlink(missing_ok=True)
         self._store.parent.rmdir()
 
@@ -114,7 +112,8 @@ def on_ranks(ranks: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
         raise
 
 
-def _serve(end: Connection, rank: int, ranks: int, store: str) -> None:
+def serve(end: Connection, rank: int, ranks: int, store: str) -> None:
+    """Be a rank: what a fork of the warm Python does from its start to its end."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     timeout = timedelta(seconds=_TIMEOUT_S)

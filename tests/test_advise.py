@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import tiny
 from by_hand import wire_ratio
 from hcms.schedule import catalogue
 from hcms.schedule.advice import DO_NOT, LITTLE, USE, advise, verdict
@@ -220,8 +221,7 @@ class TestOverTwoLevels:
 
 
 def command(*overrides: str) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, "experiments/run.py", "+exp=advise", *overrides]
-    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return tiny.command(ROOT, "experiments/run.py", "+exp=advise", *overrides)
 
 
 class TestCommand:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forks import python
 from hcms_lab.cli import main
 from hcms_lab.ground.experiments import axis
 from hcms_lab.report import dashboard
@@ -92,8 +92,7 @@ def test_panels_read_what_the_mirror_logs(tmp_path: Path, capsys: pytest.Capture
 def test_refused_in_one_line(tmp_path: Path, arguments: list[str], variables: dict[str, str], reason: str) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environ |= {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "hcms_lab", "dashboard", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ | variables)
+    done = python(["-m", "hcms_lab", "dashboard", *arguments], tmp_path, environ | variables)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert reason in line

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import psutil
 import pytest
 
 import tiny
+from forks import Command
 from hcms_lab.ground.records import RecordFile
 
 pytestmark = pytest.mark.t1
@@ -27,39 +27,38 @@ pytestmark = pytest.mark.t1
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 TINY = ["+exp=fig3", *tiny.SETTINGS, "latent_frames=[2,1]", "methods=[ulysses,hcms]", "cuts=[even:2]"]
 LONG = f"latent_frames=[{','.join(map(str, range(24, 0, -1)))}]"  # many points: longer than any test waits
-MARK = "HCMS_TEST_RUN"  # in the environment of every process of a run
 
 
-@pytest.fixture
-def mark() -> Iterator[str]:
-    """Marks a run's processes; when the test is over none may be left."""
-    mark = uuid.uuid4().hex
-    yield mark
-    for process in processes(mark):
-        process.kill()
-
-
-def processes(mark: str) -> list[psutil.Process]:
+def processes(folder: Path) -> list[psutil.Process]:
+    """Those of a run: all work in the folder that it was started in."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.cwd() == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except psutil.Error:
             continue
     return found
 
 
-def wait_for_none(mark: str, within_s: float) -> None:
+@pytest.fixture(autouse=True)
+def nobody_stays(tmp_path: Path) -> Iterator[None]:
+    """Whatever a test finds, it leaves no process of its run."""
+    yield
+    for process in processes(tmp_path):
+        process.kill()
+
+
+def wait_for_none(folder: Path, within_s: float) -> None:
     """multiprocessing's tracker sees its parent's end a moment later than we do."""
     until_s = time.monotonic() + within_s
-    while (left := processes(mark)) and time.monotonic() < until_s:
+    while (left := processes(folder)) and time.monotonic() < until_s:
         time.sleep(0.1)
     assert not left
 
 
-def faulty(folder: Path, mark: str, fault: str, *settings: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return tiny.command(folder, FAULTY, *TINY, *settings, **{"FAULT": fault, MARK: mark, **variables})  # pyright: ignore[reportArgumentType]
+def faulty(folder: Path, fault: str, *settings: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return tiny.command(folder, FAULTY, *TINY, *settings, FAULT=fault, **variables)
 
 
 def run_folder(folder: Path) -> Path:
@@ -96,15 +95,15 @@ CASES = [
 
 @pytest.mark.parametrize(("fault", "cause", "settings"), CASES, ids=[case[0] for case in CASES])
 def test_a_rank_that_fails_takes_the_run_down(
-    tmp_path: Path, mark: str, fault: str, cause: str, settings: tuple[str, ...]
+    tmp_path: Path, fault: str, cause: str, settings: tuple[str, ...]
 ) -> None:
-    done = faulty(tmp_path, mark, fault, *settings)
+    done = faulty(tmp_path, fault, *settings)
     ended_s = time.time()
     assert done.returncode == 1, done.stderr
     folder = run_folder(tmp_path)
     allowed_s = 15 + 4 * ("spins" in fault)  # what hangs is found by the timeout that is configured
     assert ended_s - float((folder / "fault").read_text()) < allowed_s
-    wait_for_none(mark, 2)
+    wait_for_none(tmp_path, 2)
 
     rank = fault.rsplit(":", 1)[1]
     assert done.stderr.count(cause) == 1, done.stderr
@@ -123,15 +122,15 @@ def test_a_rank_that_fails_takes_the_run_down(
         assert_first_point_is_whole(folder)
 
 
-def test_a_rank_that_will_not_end_is_ended(tmp_path: Path, mark: str) -> None:
+def test_a_rank_that_will_not_end_is_ended(tmp_path: Path) -> None:
     """Rank 0 ignores SIGTERM; rank 1 raises beside it."""
-    done = faulty(tmp_path, mark, "round:raises:1", STUBBORN="0")
+    done = faulty(tmp_path, "round:raises:1", STUBBORN="0")
     assert done.returncode == 1
     folder = run_folder(tmp_path)
     assert time.time() - float((folder / "fault").read_text()) < 15
     assert done.stderr.count(RAISED) == 1
     assert "rank 1 failed:" in done.stderr
-    wait_for_none(mark, 2)
+    wait_for_none(tmp_path, 2)
     for rank in range(2):
         assert not psutil.pid_exists(int((folder / f"pid{rank}").read_text()))
     assert_first_point_is_whole(folder)
@@ -140,24 +139,11 @@ def test_a_rank_that_will_not_end_is_ended(tmp_path: Path, mark: str) -> None:
 # ---- the parent ------------------------------------------------------------------------------------------------------
 
 
-def as_a_terminal_starts_it() -> None:
-    """Whatever started the tests may have had these ignored, and what is ignored stays so."""
-    for each in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)
-
-
-def started(folder: Path, mark: str, *, before: Any = as_a_terminal_starts_it) -> tuple[subprocess.Popen[str], Path]:
+def started(folder: Path, *, ignores: tuple[signal.Signals, ...] = ()) -> tuple[Command, Path]:
     """An endless run in a session of its own, once it has measured its first point."""
-    run = subprocess.Popen(
-        [sys.executable, str(tiny.EXPERIMENTS / "run.py"), *TINY, "bench.iterations=80", LONG],
-        cwd=folder,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", MARK: mark},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=before,
-    )
+    command = [str(tiny.EXPERIMENTS / "run.py"), *TINY, "bench.iterations=80", LONG]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = Command(command, folder, environment, own_session=True, ignores=ignores)
     until_s = time.monotonic() + 60
     while not (found := list(folder.glob("outputs/fig3/2*/records.jsonl"))):
         assert run.poll() is None, run.communicate()[1]
@@ -167,34 +153,40 @@ def started(folder: Path, mark: str, *, before: Any = as_a_terminal_starts_it) -
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_ends_the_run_in_one_line(tmp_path: Path, mark: str, name: str) -> None:
+def test_a_signal_ends_the_run_in_one_line(tmp_path: Path, name: str) -> None:
     """To every process of the terminal's group, as Ctrl-C and a closed terminal send it."""
-    run, folder = started(tmp_path, mark)
+    run, folder = started(tmp_path)
     os.killpg(run.pid, signal.Signals[name])
     _, err = run.communicate(timeout=15)
     said = [line for line in err.splitlines() if not line.startswith("measuring ")]
     assert said == [f"error: stopped ({name}); the records so far are in outputs/fig3/{folder.name}"]
     assert run.returncode == 128 + signal.Signals[name]
-    wait_for_none(mark, 1)
+    wait_for_none(tmp_path, 1)
     records = RecordFile(folder / "records.jsonl").read()
     assert records
     assert all(r["ok"] for r in records)
 
 
+def as_a_terminal_starts_it() -> None:
+    """Whatever started the tests may have had these ignored, and what is ignored stays so."""
+    for each in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("wanted", [3, 4, 5])  # the parent, multiprocessing's tracker, the ranks' server, two ranks
-def test_an_interrupt_before_anything_runs(tmp_path: Path, mark: str, wanted: int) -> None:
+def test_an_interrupt_before_anything_runs(tmp_path: Path, wanted: int) -> None:
     """While ranks start: they import for seconds, and say nothing of the interrupt either."""
     run = subprocess.Popen(
         [sys.executable, str(tiny.EXPERIMENTS / "run.py"), *TINY],
         cwd=tmp_path,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", MARK: mark},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=as_a_terminal_starts_it,
     )
     until_s = time.monotonic() + 60
-    while len(processes(mark)) < wanted:
+    while len(processes(tmp_path)) < wanted:
         assert run.poll() is None
         assert time.monotonic() < until_s
     os.killpg(run.pid, signal.SIGINT)
@@ -202,36 +194,35 @@ def test_an_interrupt_before_anything_runs(tmp_path: Path, mark: str, wanted: in
     assert len(err.splitlines()) == 1, err
     assert err.startswith("error: stopped (SIGINT)")
     assert run.returncode == 130
-    wait_for_none(mark, 1)
+    wait_for_none(tmp_path, 1)
 
 
-def test_ranks_die_with_a_parent_that_is_killed(tmp_path: Path, mark: str) -> None:
+def test_ranks_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     """Started by a script's `&`, which ignores SIGINT; an interrupt changes nothing, and SIGKILL leaves nobody."""
-    run, folder = started(tmp_path, mark, before=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    run, folder = started(tmp_path, ignores=(signal.SIGINT,))
     os.killpg(run.pid, signal.SIGINT)
     time.sleep(1.5)
     assert run.poll() is None
     run.kill()
     run.communicate(timeout=15)
-    wait_for_none(mark, 5)
+    wait_for_none(tmp_path, 5)
     lines = (folder / "records.jsonl").read_bytes()
     time.sleep(1.5)
     assert (folder / "records.jsonl").read_bytes() == lines, "nobody appends any more"
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_server_that_ranks_are_forked_from_takes_the_run_down(
-    tmp_path: Path, mark: str, how: signal.Signals
-) -> None:
+def test_the_server_that_ranks_are_forked_from_takes_the_run_down(tmp_path: Path, how: signal.Signals) -> None:
     """Ranks are its children: nobody else hears of their end."""
-    run, _ = started(tmp_path, mark)
-    (server,) = (p for p in processes(mark) if p.ppid() == run.pid and "forkserver" in " ".join(p.cmdline()))
+    run, _ = started(tmp_path)
+    children = [p for p in processes(tmp_path) if p.ppid() == run.pid]
+    (server,) = (p for p in children if "multiprocessing.resource_tracker" not in " ".join(p.cmdline()))
     server.send_signal(how)
     _, err = run.communicate(timeout=15)
     assert run.returncode == 1, err
     assert "died (exit status 255); its log is" in err and "the server that ranks are forked from" in err
     assert "Traceback" not in err
-    wait_for_none(mark, 5)
+    wait_for_none(tmp_path, 5)
 
 
 # ---- shared memory and disks: a mount of its own where this machine lets us ------------------------------------------
@@ -263,16 +254,16 @@ def mounted(folder: Path, mount: str, command: list[str], after: str, **variable
 
 @needs_mount
 @pytest.mark.parametrize("fault", ["exchange:killed:1", "round:raises:0"])
-def test_no_shared_memory_is_left(tmp_path: Path, mark: str, fault: str) -> None:
+def test_no_shared_memory_is_left(tmp_path: Path, fault: str) -> None:
     mount = "mount -t tmpfs none /dev/shm"
-    done = mounted(tmp_path, mount, [FAULTY, *TINY], "sleep 0.5; ls -A /dev/shm", FAULT=fault, **{MARK: mark})
+    done = mounted(tmp_path, mount, [FAULTY, *TINY], "sleep 0.5; ls -A /dev/shm", FAULT=fault)
     assert done.returncode == 1
     assert done.stdout == ""
-    wait_for_none(mark, 2)
+    wait_for_none(tmp_path, 2)
 
 
 @needs_mount
-def test_no_shared_memory_is_left_by_what_is_killed_as_a_whole(tmp_path: Path, mark: str) -> None:
+def test_no_shared_memory_is_left_by_what_is_killed_as_a_whole(tmp_path: Path) -> None:
     """As a job's last signal, or the kernel for want of memory, ends all of its processes at once."""
     kills = "\n".join(
         [
@@ -284,19 +275,19 @@ def test_no_shared_memory_is_left_by_what_is_killed_as_a_whole(tmp_path: Path, m
         ]
     )
     command = ["-c", kills, str(tiny.EXPERIMENTS / "run.py"), *TINY, "bench.iterations=100000"]
-    done = mounted(tmp_path, "mount -t tmpfs none /dev/shm", command, "sleep 1; ls -A /dev/shm", **{MARK: mark})
+    done = mounted(tmp_path, "mount -t tmpfs none /dev/shm", command, "sleep 1; ls -A /dev/shm")
     assert done.returncode == 0, (tmp_path / "err").read_text()
     assert done.stdout == ""
-    wait_for_none(mark, 5)
+    wait_for_none(tmp_path, 5)
 
 
 @needs_mount
-def test_a_disk_that_fills_up(tmp_path: Path, mark: str) -> None:
+def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     """What was recorded stays; one line says what happened."""
     (tmp_path / "outputs").mkdir()
     done = mounted(
         tmp_path, "mount -t tmpfs -o size=4m none outputs", [FAULTY, *TINY], "cat outputs/fig3/2*/records.jsonl",
-        FAULT="records:filled:0", **{MARK: mark},
+        FAULT="records:filled:0",
     )  # fmt: skip
     err = (tmp_path / "err").read_text()
     assert done.returncode == 1, err
@@ -306,18 +297,18 @@ def test_a_disk_that_fills_up(tmp_path: Path, mark: str) -> None:
     assert "No space left on device; the records so far are in outputs/fig3/" in said[0]
     whole = [json.loads(line) for line in done.stdout.splitlines() if line.endswith("}")]
     assert [r["frames"] for r in whole[:2]] == [2, 2]
-    wait_for_none(mark, 2)
+    wait_for_none(tmp_path, 2)
 
 
-def test_a_file_that_may_not_grow(tmp_path: Path, mark: str) -> None:
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
     """The same where nothing can be mounted: a quota's answer."""
-    done = faulty(tmp_path, mark, "records:limited:0")
+    done = faulty(tmp_path, "records:limited:0")
     assert done.returncode == 1, done.stderr
     said = [line for line in done.stderr.splitlines() if not line.startswith("measuring ")]
     assert len(said) == 1, done.stderr
     assert said[0].startswith("error: rank 0 could not write: File too large; the records so far are in outputs/fig3/")
     assert RecordFile(run_folder(tmp_path) / "records.jsonl").read()[1]["frames"] == 2
-    wait_for_none(mark, 2)
+    wait_for_none(tmp_path, 2)
 
 
 @needs_mount
@@ -329,9 +320,9 @@ def test_a_file_that_may_not_grow(tmp_path: Path, mark: str) -> None:
     ],
     ids=["full", "read-only"],
 )
-def test_nowhere_to_write(tmp_path: Path, mark: str, mount: str, why: str) -> None:
+def test_nowhere_to_write(tmp_path: Path, mount: str, why: str) -> None:
     (tmp_path / "outputs").mkdir()
-    done = mounted(tmp_path, mount, [str(tiny.EXPERIMENTS / "run.py"), *TINY], "find outputs", **{MARK: mark})
+    done = mounted(tmp_path, mount, [str(tiny.EXPERIMENTS / "run.py"), *TINY], "find outputs")
     err = (tmp_path / "err").read_text()
     assert done.returncode == 2, err
     assert err.count("\n") == 1

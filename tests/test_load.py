@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from forks import python
 from hcms.methods import METHODS
 from hcms_lab.ground.config import AboutConfig, BenchConfig, CasesConfig, LayerConfig, LinkConfig, WorkloadConfig
 from hcms_lab.ground.errors import UsageError
@@ -153,7 +152,7 @@ except OSError as error:
 
 def test_a_disk_that_fills_up_leaves_no_half_figure(tmp_path: Path) -> None:
     """Matplotlib's writers end in an AttributeError of their own there."""
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = python(["-c", FULL, str(tmp_path)], tmp_path, os.environ)
     assert done.stdout == f"{errno.EFBIG}\n", done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from forks import python
 from hcms_lab.ground.config import Config
 from hcms_lab.ground.load import environment, records
 from hcms_lab.ground.private import words
@@ -119,7 +120,9 @@ def mirror_elsewhere(folder: Path, mode: str, check: str = "", **variables: str)
         f"from pathlib import Path; from test_wandb import mirror; mirror(Path({str(folder)!r}), {mode!r}, [])\n{check}"
     )
     environ = {**outside(), **variables}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ)
+    done = python(["-c", code], folder, environ)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def outside() -> dict[str, str]:
@@ -155,9 +158,8 @@ def test_online_and_sync_reach_a_server(tmp_path: Path) -> None:
     online, offline = make_run(tmp_path, stamp="online"), make_run(tmp_path, stamp="offline")
 
     def sync() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "hcms_lab", "sync", tmp_path / "outputs"]
         environ = {**outside(), **reachable, "WANDB_BASE_URL": server.url}
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environ, cwd=tmp_path)
+        return python(["-m", "hcms_lab", "sync", str(tmp_path / "outputs")], tmp_path, environ)
 
     with wandb_server() as server:
         done = mirror_elsewhere(online, "online", WANDB_BASE_URL=server.url, **reachable)
@@ -212,11 +214,9 @@ def test_nothing_private_reaches_wandb(tmp_path: Path) -> None:
     folder, secret = make_run(tmp_path), "correct-horse-battery-staple"
     variables = {"HOME": str(tmp_path), "WANDB_API_KEY": "0" * 40, "SOME_TOKEN": secret, "LOGNAME": "jane.doe"}
     with wandb_server() as server:
-        subprocess.run(
-            [sys.executable, "-c", PLANT.format(folder=str(folder), secret=secret, experiments=str(EXPERIMENTS))],
-            check=True,
-            env={**outside(), **variables, "WANDB_BASE_URL": server.url},
-        )
+        program = PLANT.format(folder=str(folder), secret=secret, experiments=str(EXPERIMENTS))
+        done = python(["-c", program], tmp_path, {**outside(), **variables, "WANDB_BASE_URL": server.url})
+        assert done.returncode == 0, done.stderr
     sent = b"\n".join(server.bodies).decode(errors="replace")
     published = folder / "wandb" / "published"
     assert {path.name for path in published.iterdir()} == {"records.jsonl", "env.json", "settings.yaml"}
@@ -231,8 +231,9 @@ def test_nothing_private_reaches_wandb(tmp_path: Path) -> None:
 
 def test_predictions_are_called_so(tmp_path: Path) -> None:
     """Through the real command: a run of the catalogue's GPUs is no measurement."""
-    command = [sys.executable, EXPERIMENTS / "run.py", "+exp=fig6", "latent_frames=9", "wandb.mode=offline"]
-    subprocess.run(command, cwd=tmp_path, env=outside(), check=True, capture_output=True)
+    command = [str(EXPERIMENTS / "run.py"), "+exp=fig6", "latent_frames=9", "wandb.mode=offline"]
+    done = python(command, tmp_path, outside())
+    assert done.returncode == 0, done.stderr
     (start,) = [line["run"] for line in log_of(tmp_path / "outputs" / "fig6" / "latest") if line["type"] == "run"]
     assert (start["job_type"], start["config"]["update"]["source"]) == ("predicted", "predicted")
     assert "predicted" in start["tags"]
@@ -261,10 +262,7 @@ def test_sync_without_key_or_network(tmp_path: Path) -> None:
     environ = {**outside(), "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
 
     def sync(*arguments: str, **key: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "hcms_lab", "sync", *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**environ, **key}, cwd=tmp_path
-        )
+        return python(["-m", "hcms_lab", "sync", *arguments], tmp_path, {**environ, **key})
 
     dry = sync("--dry-run")
     assert (dry.returncode, dry.stdout) == (0, f"would upload {run.relative_to(tmp_path)}\n")

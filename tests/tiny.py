@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import Timer
+
+from forks import python
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 LIMIT_S = 220  # of a command; a test says by its own limit that it wants less
@@ -35,58 +32,11 @@ FIG3 = (
 def command(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """A Python command in `folder`, from where modules may be imported too; no GPU is visible to it.
 
-    A script is run by a fork of `warm.py`, which has imported torch already; `-m` and `-c` start an interpreter.
+    It is a fork of `warm.py`, which has imported torch already; what torchrun starts are interpreters of their own.
     """
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **variables}
-    if arguments[0].endswith(".py"):
-        return _forked(folder, arguments, environment)
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-
-
-@cache
-def _warm() -> subprocess.Popen[str]:
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("warm.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        start_new_session=True,  # an interrupt of the tests is theirs
-    )
-
-    def end() -> None:
-        assert server.stdin is not None
-        server.stdin.close()
-        server.wait()
-
-    atexit.register(end)
-    return server
-
-
-def _forked(folder: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    server = _warm()
-    assert server.stdin is not None
-    assert server.stdout is not None
-    with TemporaryDirectory(prefix="command-") as scratch:
-        out, err = Path(scratch, "out"), Path(scratch, "err")
-        order = {"folder": str(folder), "arguments": arguments, "environment": environment}
-        server.stdin.write(json.dumps({**order, "out": str(out), "err": str(err)}) + "\n")
-        server.stdin.flush()
-        pid = int(server.stdout.readline())
-        late = Timer(LIMIT_S, os.kill, (pid, signal.SIGKILL))
-        late.start()
-        status = int(server.stdout.readline())
-        late.cancel()
-        return subprocess.CompletedProcess(list(arguments), status, out.read_text(), err.read_text())
+    return python(arguments, folder, environment, LIMIT_S)
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import fields
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ def records(path: Path | str) -> pd.DataFrame:
     file = path / "records.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"no records at {file}: give a run's folder, such as outputs/fig3/latest")
+    seen = file.stat()
+    table = _table(file, seen.st_ino, seen.st_mtime_ns, seen.st_size).copy()
+    table.attrs["folder"] = str(file.parent)  # traces lie beside the records
+    return table
+
+
+@lru_cache(maxsize=256)  # verdicts are read from the same runs, one after the other
+def _table(file: Path, *stamp: int) -> pd.DataFrame:
     rows = read_rows(file)
     for number, row in enumerate(rows, start=1):
         if row.get("schema") not in SCHEMAS:
@@ -68,9 +77,7 @@ def records(path: Path | str) -> pd.DataFrame:
             )
     if not rows:
         raise UsageError(f"{file} holds no record yet")
-    table = frame(rows)
-    table.attrs["folder"] = str(file.parent)  # traces lie beside the records
-    return table
+    return frame(rows)
 
 
 def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:

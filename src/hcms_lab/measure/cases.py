@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hcms.hardware import visible_gpus
 from hcms.methods import METHODS, shape_for
 from hcms.schedule import profile
 from hcms.schedule.cost import ITEMSIZE, Workload
+from hcms.transport import COLLECTIVE
 from hcms_lab.ground.checks import as_list, distinct, number, one_of, readable, whole
 from hcms_lab.ground.config import BaseConfig, CasesConfig, Config, LayerConfig, RoundsConfig
 from hcms_lab.ground.errors import UsageError
@@ -21,10 +22,14 @@ from hcms_lab.measure.one_card import check_one_card
 from hcms_lab.measure.peers import PEERS
 from hcms_lab.measure.torchrun import ranks_here, started_ranks
 
+if TYPE_CHECKING:
+    from hcms.links import Link
+
 DTYPES = tuple(ITEMSIZE)
 MOST_ROUNDS = 10**6
 MOST_RATIO = 0.95
 MOST_ON_A_CARD = 8
+EMULATED = "emulated"  # a link between processes of one host, all that a CPU has
 LOWEST = "lowest"  # a link.ratio: no pacing, so the ratio that the machine's own exchange has
 EACH = "each"  # of ranks: 2, 4 and 8, as far as there are GPUs for them; CPU ranks may share cores
 
@@ -83,7 +88,7 @@ def device_of(cfg: BaseConfig) -> str:
 def default_link(device: str) -> str:
     """What `link.kind=auto` is here."""
     several = visible_gpus() > 1 or (started_ranks() or 0) > 1
-    return "emulated" if device == "cpu" else "native" if several else "ghost"
+    return EMULATED if device == "cpu" else "native" if several else "ghost"
 
 
 def link_of(cfg: Config) -> str:
@@ -109,22 +114,35 @@ def link_of(cfg: Config) -> str:
     return kind
 
 
+def one_for_all(cfg: Config) -> bool:
+    """Whether one process stands for all ranks. Not over the emulated link, which needs no torch to say."""
+    return link_of(cfg) != EMULATED and _link(cfg).processes == "one"
+
+
+def one_card(cfg: Config) -> bool:
+    """Whether all ranks share one card."""
+    return link_of(cfg) != EMULATED and _link(cfg).one_card
+
+
+def _link(cfg: Config) -> Link:
+    from hcms.links import links
+
+    return links()[link_of(cfg)]
+
+
 def latency_us_of(cfg: Config) -> float:
     """What is added to each work: as configured, or 50 µs on an emulated link, nothing on one that is there."""
     if cfg.link.latency_us is not None:
         return cfg.link.latency_us
-    return 50.0 if link_of(cfg) == "emulated" else 0.0
+    return 50.0 if link_of(cfg) == EMULATED else 0.0
 
 
 def ranks_of(cfg: Config) -> list[int]:
     """The rank counts: as configured, or what torchrun started, every visible GPU, 4 where one process stands for all,
     2 on a CPU."""
-    from hcms.links import links
-
     device, started = device_of(cfg), started_ranks()
-    link = links()[link_of(cfg)]
-    one_for_all = link.processes == "one"
-    most = MOST_OF_A_SIZE if device == "cpu" or one_for_all else MOST_ON_A_CARD if link.one_card else visible_gpus()
+    alone, shared = one_for_all(cfg), one_card(cfg)
+    most = MOST_OF_A_SIZE if device == "cpu" or alone else MOST_ON_A_CARD if shared else visible_gpus()
     if started and most < MOST_OF_A_SIZE:
         if ranks_here() > most:
             raise UsageError(f"torchrun started {ranks_here()} ranks on a host where {most} GPUs are visible")
@@ -134,10 +152,10 @@ def ranks_of(cfg: Config) -> list[int]:
         if not fitting:
             raise UsageError(f"ranks={EACH}: it takes 2 GPUs or more, {most} is visible; give device=cpu")
         return fitting
-    own = 4 if one_for_all else 2 if device == "cpu" or link.one_card else most
+    own = 4 if alone else 2 if device == "cpu" or shared else most
     for ranks in (wanted := as_list(cfg.ranks) or [started or own]):
-        whole("ranks", ranks, 2 if one_for_all else 1, high=MOST_OF_A_SIZE)
-        if link.one_card and ranks > most:
+        whole("ranks", ranks, 2 if alone else 1, high=MOST_OF_A_SIZE)
+        if shared and ranks > most:
             raise UsageError(f"ranks={ranks}: {most} ranks at most share a card; give fewer")
         if ranks > most:
             raise UsageError(f"ranks={ranks}: only {most} GPUs are visible; give at most that many")
@@ -234,7 +252,8 @@ def check_run(cfg: Config) -> None:
 
 def check_transport(cfg: Config) -> None:
     """Refuse a transport that is none, or that cannot carry what these ranks hold."""
-    from hcms.links import links
+    if cfg.transport == COLLECTIVE:  # carries everything, and the others cannot be named without torch
+        return
     from hcms.transport import transports
 
     one_of("transport", cfg.transport, transports())
@@ -243,7 +262,7 @@ def check_transport(cfg: Config) -> None:
         raise UsageError(f"transport={cfg.transport}: it carries no tensors on {device}; leave it at collective")
     if not chosen.collectives and link == "native-host":
         raise UsageError(f"transport={cfg.transport}: it goes past NCCL, not through the host; give link.kind=native")
-    if not chosen.collectives and links()[link].processes == "one":
+    if not chosen.collectives and one_for_all(cfg):
         raise UsageError(f"transport={cfg.transport}: over link.kind={link} there are no peers to write to")
 
 
@@ -256,7 +275,7 @@ def check_rounds(bench: RoundsConfig) -> None:
 
 def ratios_of(cfg: Config) -> list[float | None]:
     """The communication ratios that a checked configuration's link is to be derived from; None derives nothing."""
-    if link_of(cfg) != "emulated" or cfg.link.gbps is not None:
+    if link_of(cfg) != EMULATED or cfg.link.gbps is not None:
         return [None]
     return [None if ratio == LOWEST else ratio for ratio in as_list(cfg.link.ratio)]
 
@@ -279,8 +298,6 @@ def points(cfg: LayerConfig) -> list[Point]:
     distinct("latent_frames", frames)
     for f in frames:
         whole("latent_frames", f, high=MOST_FRAMES)
-    from hcms.links import links
-
     ratios, device = ratios_of(cfg), device_of(cfg)
     grid: list[Point] = []
     for ranks in ranks_of(cfg):
@@ -303,10 +320,10 @@ def points(cfg: LayerConfig) -> list[Point]:
                 grid.append(Point(w.name, ranks, f, tokens, w.heads, w.head_dim, w.batch, dtype, kernel, ratio, cases))
     if device == "cpu" and (kept := next((c.cut for p in grid for c in p.cases if "+sms" in str(c.cut)), None)):
         raise UsageError(f"cuts={kept}: a CPU has no SMs to keep for communication; leave +sms out")
-    one_card = links()[link_of(cfg)].one_card
+    shared = one_card(cfg)
     for p in grid:
         layer = Workload(p.seq_len, p.heads, p.ranks, p.head_dim, p.batch, p.dtype)
-        check_memory(layer, f"latent_frames={p.frames}", device, ranks_a_card=p.ranks if one_card else 1)
-        if link_of(cfg) == "emulated":
+        check_memory(layer, f"latent_frames={p.frames}", device, ranks_a_card=p.ranks if shared else 1)
+        if link_of(cfg) == EMULATED:
             check_pace(layer, cfg.link.gbps, latency_us_of(cfg))
     return grid
