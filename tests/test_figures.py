@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 import tiny
 from by_hand import ring_speedup
+from hcms.links import links
 from hcms.schedule.cost import IdealCosts, predict
 from hcms.schedule.schedule import Op, Schedule, serial, two_lane
 from hcms.schedule.timeline import Span, Timeline
@@ -301,3 +302,9 @@ def test_a_figure_registers_itself_under_a_name_of_its_own() -> None:
         register("fig3", "Another")(lambda records: None)
     with pytest.raises(ValueError, match="begin its name with fig or table"):
         register("chart", "Another")
+
+
+def test_the_report_knows_every_link_as_the_library_has_it() -> None:
+    """It reads records without torch, so it has names of its own."""
+    assert set(parts.LINKS) == set(links())
+    assert set(parts.ONE_OF_MANY) == {name for name, link in links().items() if link.one_for_all}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.t0
+
+ROOT = Path(__file__).resolve().parent.parent
 
 REPORT_TORCH = """
 import importlib, pkgutil, sys
@@ -42,3 +45,26 @@ def test_no_torch(names: tuple[str, ...], expected: set[str]) -> None:
     modules = imported(*names)
     assert expected <= modules
     assert not {m for m in modules if m.split(".")[0] == "torch"}
+
+
+REFUSED = """
+import runpy, sys
+sys.argv = ["experiments/run.py", *sys.argv[1:]]
+sys.path.insert(0, "experiments")
+try:
+    runpy.run_path("experiments/run.py", run_name="__main__")
+except SystemExit as end:
+    print(end.code, "torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("line", ["+exp=fig3 ranks=3 workload.heads=10", "+exp=fig7 guidance=nan"])
+def test_what_a_cpu_refuses_waits_for_no_torch(line: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, *line.split(), "device=cpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr.count("\n")) == ("2 False\n", 1), done.stderr

@@ -45,6 +45,11 @@ class Link:
     one_card: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def one_for_all(self) -> bool:
+        """Whether one process stands for all ranks."""
+        return self.processes == "one"
+
 
 def joining(rank: int, ranks: int, timeout: timedelta, store: dist.Store | None) -> dict[str, Any]:
     """What `init_process_group` is told of where the other ranks are."""

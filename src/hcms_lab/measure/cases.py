@@ -116,7 +116,7 @@ def link_of(cfg: Config) -> str:
 
 def one_for_all(cfg: Config) -> bool:
     """Whether one process stands for all ranks. Not over the emulated link, which needs no torch to say."""
-    return link_of(cfg) != EMULATED and _link(cfg).processes == "one"
+    return link_of(cfg) != EMULATED and _link(cfg).one_for_all
 
 
 def one_card(cfg: Config) -> bool:

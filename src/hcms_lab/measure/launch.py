@@ -53,7 +53,7 @@ class Rank:
 
 def processes_of(link: str, ranks: int) -> int:
     """How many processes stand for so many ranks."""
-    return 1 if links()[link].processes == "one" else ranks
+    return 1 if links()[link].one_for_all else ranks
 
 
 def launch(

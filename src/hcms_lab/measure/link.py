@@ -27,7 +27,7 @@ def settle(rank: Rank, job: Job, point: Point, gbps_of_ratio: dict[float, float]
     Raises:
         UsageError: the ratio lies below what this machine's own exchange takes.
     """
-    if links()[job.link].processes == "one":
+    if links()[job.link].one_for_all:
         ghost.WIRE.slow(gbps=job.gbps, latency_us=job.latency_us)
         return job.gbps
     if job.link != "emulated":

@@ -57,7 +57,7 @@ def measure(rank: Rank, job: Job, tick: Callable[[str], None]) -> None:
 
 def measure_point(rank: Rank, job: Job, point: Point, gbps: float | None, tick: Callable[[str], None]) -> list[Record]:
     """Interleave the point's cases in shuffled rounds; every rank returns the same records."""
-    world = World(point, job.seed, rank.rank, rank.device, links()[job.link].processes == "one")
+    world = World(point, job.seed, rank.rank, rank.device, links()[job.link].one_for_all)
     inputs = [_named(world.shard(i)) for i in range(SETS)]
     carries = wire(job.link, point)
     references = [reference(world, i) for i in range(SETS)]

@@ -34,7 +34,7 @@ def soak(rank: Rank, job: Job, minutes: float, tick: Callable[[str], None]) -> N
     must be that of the first cycle, bit by bit, and right.
     """
     began_s, process = monotonic(), psutil.Process()
-    ghost = links()[job.link].processes == "one"
+    ghost = links()[job.link].one_for_all
     worlds = [World(point, job.seed, rank.rank, rank.device, ghost) for point in job.points]
     inputs = [[{f"{t}_BLNH": x for t, x in w.shard(i).items()} for i in range(SETS)] for w in worlds]
     references = [[reference(w, i) for i in range(SETS)] for w in worlds]

@@ -89,4 +89,4 @@ class GhostWire:
 
 
 def wire(link: str, point: Point) -> Wire:
-    return GhostWire(point) if links()[link].processes == "one" else PlainWire()
+    return GhostWire(point) if links()[link].one_for_all else PlainWire()
