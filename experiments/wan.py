@@ -53,7 +53,7 @@ class Settings(Config, ClipConfig, CasesConfig):
     sharding: str = "none"  # none | fsdp2
     vae_tiling: bool = False  # decode in tiles: less memory, other frames at the tiles' edges
     timed: str = "clips"  # clips | steps: whole clips, or denoising steps of one expert, of which clips are composed
-    layers_timed: int | None = None  # of timed steps: transformer blocks that are built; null is all of the model's
+    layers_timed: int | None = None  # of timed steps: no more transformer blocks are built; null is all. Clips have all
     compare_plain: bool = False  # also run the unchanged pipeline on each rank alone, and compare frames with it
     dry: bool = False  # check sizes and memory, load nothing
     memory_gib: float | None = None  # memory a rank that the check counts with; null is what is there
@@ -77,7 +77,7 @@ def validate(cfg: Settings) -> None:
         number("memory_gib", cfg.memory_gib, 0, 1e6, above=True)
     model, source = resolved(cfg)
     clips = clips_of(cfg, model)
-    _check_steps(cfg, model)
+    _check_steps(cfg)
     all_ranks = ranks_of(cfg)
     heads = model.transformer["num_attention_heads"]
     for ranks in all_ranks:
@@ -141,7 +141,7 @@ def run(cfg: Settings, folder: Path | None) -> bool:
                 sharding=cfg.sharding,
                 vae_tiling=cfg.vae_tiling,
                 compare_plain=cfg.compare_plain,
-                layers_timed=cfg.layers_timed,
+                layers_timed=_layers_timed(cfg, model),
             )
             launch(
                 _clips_on_rank if cfg.timed == "clips" else _steps_on_rank,
@@ -205,14 +205,25 @@ def resolved(cfg: Settings) -> tuple[ModelConfig, str | None]:
     return model, source
 
 
-def _check_steps(cfg: Settings, model: ModelConfig) -> None:
-    """Refuse what timed steps cannot have, and what only they have."""
+def _layers_timed(cfg: Settings, model: ModelConfig) -> int:
+    """How many of the transformer's blocks are built."""
+    layers = int(model.transformer["num_layers"])
+    return layers if cfg.timed == "clips" else min(cfg.layers_timed or layers, layers)
+
+
+def _need_bytes(cfg: Settings, model: ModelConfig, count: Any) -> float:
+    """Memory of a rank with one method's buffers, of a `RankCount`."""
     if cfg.timed == "clips":
-        if cfg.layers_timed is not None:
-            raise UsageError(f"layers_timed={cfg.layers_timed}: whole clips have all layers; give timed=steps with it")
-        return
+        return count.need_bytes
+    return count.steps_need_bytes(int(model.transformer["num_layers"]) - _layers_timed(cfg, model))
+
+
+def _check_steps(cfg: Settings) -> None:
+    """Refuse what timed steps cannot have, and what only they have."""
     if cfg.layers_timed is not None:
-        whole("layers_timed", cfg.layers_timed, high=int(model.transformer["num_layers"]))
+        whole("layers_timed", cfg.layers_timed)
+    if cfg.timed == "clips":
+        return
     if cfg.weights != "random":
         raise UsageError(f"weights={cfg.weights}: timed=steps builds one expert with random weights; give timed=clips")
     if one_for_all(cfg):
@@ -309,12 +320,7 @@ def _check_memory(cfg: Settings, model: ModelConfig, clips: list[ClipShape], all
         if ranks not in needs:
             continue
         others = len(cases_at(cfg, heads, ranks)) - 1  # every method keeps its own buffers
-        need = others * needs[ranks].buffer_bytes
-        if cfg.timed == "clips":
-            need += needs[ranks].need_bytes
-        else:
-            layers = int(model.transformer["num_layers"])
-            need += needs[ranks].steps_need_bytes(layers - (cfg.layers_timed or layers))
+        need = others * needs[ranks].buffer_bytes + _need_bytes(cfg, model, needs[ranks])
         if need > there:
             raise UsageError(
                 f"model={model.name}: {longest.frames} frames need {need / GIB:.1f} GiB a rank on "
@@ -345,24 +351,30 @@ def dry_run(cfg: Settings, model: ModelConfig) -> bool:
             f"{clip.tokens:,} tokens; {model.experts} expert(s) of {model.transformer['num_layers']} layers, "
             f"{model.dtype}, sharding {cfg.sharding}"
         )
-        table = Table(title=title, caption="weights, and the larger of a denoising step and the decoding, and 1 GiB")
+        caption = "weights, and the larger of a denoising step and the decoding, and 1 GiB"
+        if cfg.timed == "steps":
+            caption = (
+                f"weights of all; needs: one expert's {_layers_timed(cfg, model)} layers and a step, or either end"
+            )
+        table = Table(title=title, caption=caption)
         names = ("ranks", "tokens a rank", "heads a rank", "MiB off rank a layer", "GiB off rank a step")
         for name in (*names, "weights GiB", "step GiB", "decode GiB", "needs GiB a rank", "fits"):
             table.add_column(name, justify="right")
         for n in _needs(cfg, model, clip):
+            need = _need_bytes(cfg, model, n)
             if cfg.memory_gib is not None:
-                fits = n.need_bytes <= cfg.memory_gib * GIB
+                fits = need <= cfg.memory_gib * GIB
                 verdict = "yes" if fits else f"no: {cfg.memory_gib:g} GiB"
                 fits_all &= fits or n.ranks not in as_list(cfg.ranks)
             else:
-                verdict = next((f"{gb} GB cards" for gb in CARDS_GB if n.need_bytes <= gb * 1e9), "no card here")
+                verdict = next((f"{gb} GB cards" for gb in CARDS_GB if need <= gb * 1e9), "no card here")
             table.add_row(
                 str(n.ranks),
                 f"{n.tokens_a_rank:,}",
                 str(n.heads_a_rank),
                 f"{n.exchange_bytes_a_layer / 2**20:.1f}",
                 f"{n.exchange_bytes_a_step / 2**30:.2f}",
-                *(f"{x / GIB:.1f}" for x in (n.weight_bytes, n.step_bytes, n.decode_bytes, n.need_bytes)),
+                *(f"{x / GIB:.1f}" for x in (n.weight_bytes, n.step_bytes, n.decode_bytes, need)),
                 verdict,
             )
         Console(width=160).print(table)

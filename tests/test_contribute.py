@@ -272,7 +272,7 @@ def test_command_says_each_reason_in_a_line(tmp_path: Path, capsys: pytest.Captu
 def test_a_run_that_was_cut_off_gives_its_whole_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path)
     assert main(["contribute", str(folder), "--cut-off"]) == 2
-    assert "lacks no point: contribute it without --cut-off" in capsys.readouterr().err
+    assert "lacks no length, rank count, kernel or ratio: contribute it without --cut-off" in capsys.readouterr().err
     change_records(folder, drop_length)
     before = files_of(folder)
     assert main(["contribute", str(folder), "--check"]) == 1
@@ -283,3 +283,15 @@ def test_a_run_that_was_cut_off_gives_its_whole_points(tmp_path: Path, capsys: p
     assert files_of(folder) == before
     assert set(records(target)["frames"]) == {9}
     assert (reduced(target), problems(target)) == ("cut off with 1 of 2 latent_frames", [])
+
+
+def test_a_hole_in_a_grid_is_no_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path, "fig4", ranks=(2, 4), frames=(9, 16))
+    change_records(folder, lambda rows: rows.__setitem__(slice(None), [r for r in rows if not last_point(r)]))
+    assert main(["contribute", str(folder), "--check"]) == 1
+    assert "incomplete: 3 of 4 points of world_size x frames; go on with resume=<folder>" in capsys.readouterr().err
+    assert main(["contribute", str(folder), "--check", "--cut-off"]) == 2
+
+
+def last_point(row: dict[str, Any]) -> bool:
+    return (row["world_size"], row["frames"]) == (4, 16)

@@ -24,6 +24,7 @@ import threading
 import traceback
 from contextlib import suppress
 from importlib import import_module
+from importlib.util import find_spec
 from multiprocessing import current_process, util
 from multiprocessing.connection import Connection
 from selectors import EVENT_READ, DefaultSelector
@@ -52,7 +53,9 @@ def receive(word: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     """An order and its files; None where the other end was closed without any."""
     text, files, *_ = socket.recv_fds(word, _LONGEST, 8)
     while text and not text.endswith(b"\n"):
-        text += word.recv(_LONGEST)
+        if not (more := word.recv(_LONGEST)):  # who asked died in the middle of it
+            return None, files
+        text += more
     return (json.loads(text) if text else None), files
 
 
@@ -60,12 +63,11 @@ def preload() -> None:
     """Import everything, and be sure that no thread was started: a fork would have only its own."""
     for name in PRELOADED:
         import_module(name)
-    try:
-        import diffusers
-    except ModuleNotFoundError:
-        return
-    for name in LAZY:
-        getattr(diffusers, name)
+    if find_spec("diffusers") is not None:
+        diffusers = import_module("diffusers")
+        for name in LAZY:
+            getattr(diffusers, name)
+    assert len(os.listdir("/proc/self/task")) == 1, "a module that is imported here starts a thread"
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page that it looks at
 
@@ -97,7 +99,7 @@ def become(order: dict[str, Any]) -> None:
     ready_a_server()
     what, *arguments = order["arguments"]
     beside = "" if what in ("-c", "-m") else os.path.dirname(what)
-    sys.path[:0] = [beside, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.path[:0] = [beside, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = [what, *arguments]
     try:
         match what:
@@ -112,6 +114,8 @@ def become(order: dict[str, Any]) -> None:
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not isinstance(end.code, int | None):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         status = 1

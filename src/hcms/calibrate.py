@@ -27,7 +27,7 @@ from hcms.transport.layout import HeadExchange, LayerShape
 _ROUNDS, _REPEATS = {"cpu": 2, "cuda": 1}, 2
 _WORST = {"fill_speedup": min}  # of the ranks' samples; of times and slowdowns the largest is
 _SETTLED_MS, _SUSTAINED_MS = 200.0, 60.0  # until the clock has settled; then for each size
-_SHORT_MS = 1.0  # a call this short may be over before the host has issued the next
+_SHORT_MS = 0.2  # a call this short may be over before the host has issued the next
 _AHEAD_CYCLES = 3_000_000  # of a GPU, a millisecond or two
 _CHUNKS_OF_HEADS = (1, 2, 3, 5, 10)
 
@@ -45,8 +45,8 @@ def calibrate(
     """The profile of one layer shape on a group's ranks. Collective; every rank returns rank 0's profile.
 
     Runs whole exchanges of chunks of 1, 2, 3, 5, 10 and all M heads, piece by piece, and takes low medians of the
-    slowest rank. It costs about two dozen attention calls, and on a GPU a quarter of a second of them back to back;
-    buffers are freed when it returns.
+    slowest rank. It costs about two dozen attention calls, and on a GPU half a second of them back to back (more
+    where four calls of all heads take longer); buffers are freed when it returns.
 
     Args:
         transport: what carries the exchanges; the collective one if None.

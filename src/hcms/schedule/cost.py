@@ -91,7 +91,7 @@ class WorkloadCosts:
     Args:
         graph: calls are replayed as CUDA graphs: the host issues nothing by itself.
         sustained: calls follow each other, as in a model's layers, so that a GPU's power limit may set its clock.
-        hot: how far the clock is from that of a call by itself (`predict` finds it for sustained calls).
+        hot: attention's clock: 0 of a call by itself, 1 of calls without a pause; `predict` finds it if `sustained`.
     """
 
     def __init__(

@@ -136,12 +136,12 @@ def _latency_and_gbps(samples: list[Mapping[str, Any]]) -> tuple[float, float]:
     product = sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, sizes, strict=True))
     if mean_x == 0:  # one rank alone sends nothing
         return 0.0, math.inf
-    several = len(sizes) > 1  # of one size, rounding alone would make a spread
-    slope = product / spread if several and spread > 0 else mean_y / mean_x
+    sloped = len(sizes) > 1 and spread > 0  # of one size, rounding alone would make a spread
+    slope = product / spread if sloped else mean_y / mean_x
     latency_ms = mean_y - slope * mean_x
     if slope <= 0:  # faster than can be told: no bytes are too many
         return median(ms for _, ms in sizes), math.inf
-    if latency_ms < 0 or not several or spread <= 0:
+    if latency_ms < 0 or not sloped:
         latency_ms = 0.0
         slope = sum(w * x * y for w, (x, y) in zip(weights, sizes, strict=True)) / sum(
             w * x * x for w, (x, _) in zip(weights, sizes, strict=True)

@@ -123,7 +123,8 @@ class Profile:
         self, seq_len: int, heads: int, batch: int = 1, *, parts: int = 1, without_sms: int = 0, hot: float = 0.0
     ) -> float:
         """Time of one call of the kernel: `seq_len` keys, 1 / `parts` of as many queries, `heads` heads; on a GPU,
-        with `without_sms` of its SMs left to others, at the clock of a call by itself (`hot` 0) to none but such (1).
+        with `without_sms` of its SMs left to others, at the clock of a call by itself (`hot` 0) or of calls without a
+        pause (1).
 
         Between measured head counts, time is piecewise linear in the work; between measured lengths, the time of a
         unit of work is; beyond the measured ones it stays what it was. Work is quadratic in the tokens, and on a GPU

@@ -23,8 +23,8 @@ class ClipRecord(Record):
 
     Where `composed`, no whole clip ran: each of `times_ms` is one timed denoising step (a round, in which every method
     makes the same step) times `steps`, and the text encoder and the VAE, measured once each. All experts are taken to
-    be like the one that was timed, and all layers like the `layers_timed` that were; a part of a clip that is neither
-    is left out.
+    be like the one that was timed, and all layers like the `layers_timed` that were; what a pipeline does
+    around these, such as frames to pixels, is left out.
     """
 
     weights: str
@@ -52,7 +52,7 @@ class ClipRecord(Record):
     self_attention_share: float | None = None
     self_attention_times_ms: list[float] | None = None  # a clip each, as times_ms
     attention_layer_times_ms: list[float] | None = None  # with the projections around it
-    step_times_ms: list[float] | None = None  # median of each denoising step, over the clips
+    step_times_ms: list[float] | None = None  # median of each denoising step, over the clips; composed: each timed step
     self_attention_by_step_ms: list[float] | None = None
     attention_speedup_vs_ulysses: float | None = None
     attention_speedup_interval: list[float] | None = None
@@ -71,7 +71,7 @@ class ClipRecord(Record):
     forwards_a_step: int | None = None
     layer_comm_ratio: float | None = None  # as comm_ratio, of the attention layer alone
     host_ahead_ms: float | None = None  # work that the device still had to do when a step's forwards were issued: least
-    replayed_share: float | None = None  # of the attention calls, by CUDA graphs
+    replayed_share: float | None = None  # of the attention calls in timed steps, by CUDA graphs
     wrong_bytes: int | None = None  # of those that left, as far as the link can tell
     assumed: list[str] | None = None  # by a prediction
 

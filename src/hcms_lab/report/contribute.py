@@ -25,7 +25,7 @@ from hcms_lab.ground.load import config, environment, plan, records, reduced
 from hcms_lab.ground.paths import ROOT, inside
 from hcms_lab.ground.private import words
 from hcms_lab.ground.records import parsed, read_bounded, read_rows
-from hcms_lab.report.cut_off import unanswered
+from hcms_lab.report.cut_off import holes, unanswered
 
 FILES = ("records.jsonl", "env.json", "config.resolved.yaml")
 MAX_MIB = 8.0  # of one run: a trace of one iteration is small, a trace of them all does not belong in a repository
@@ -146,6 +146,8 @@ def _incomplete(table: pd.DataFrame, cfg: Mapping[str, Any]) -> Iterator[str]:
         return
     for option, values in unanswered(table, cfg).items():
         yield f"incomplete: no record with {option}={_text(set(values))}; go on with resume=<folder>, or give --cut-off"
+    if less := holes(table):
+        yield f"incomplete: {less}; go on with resume=<folder>"
     entries = [str(entry).partition("@") for entry in as_list(cfg.get("methods"))]
     for point, cases in table.groupby(["world_size", "seq_len", "kernel", "dtype", "link_ratio"], dropna=False):
         where = f"{point[0]:g} ranks, {point[1]:g} tokens"

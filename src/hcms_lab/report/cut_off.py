@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,28 @@ def unanswered(table: pd.DataFrame, cfg: Mapping[str, Any]) -> dict[str, list[An
     return {option: values for option, values in found.items() if values}
 
 
+def holes(table: pd.DataFrame) -> str:
+    """What there is of the grid that the records' own values make, such as "5 of 6 points"; "" if all of it."""
+    axes = [name for name in ("world_size", "frames", "kernel", "link_ratio") if table[name].nunique() > 1]
+    if not axes:
+        return ""
+    there, wanted = len(table[axes].drop_duplicates()), prod(table[name].nunique() for name in axes)
+    return f"{there} of {wanted} points of {' x '.join(axes)}" if there < wanted else ""
+
+
 def whole_points(folder: Path, into: Path) -> Path:
     """Copy a run to `into` as one that asked for no more than it has; its `env.json` says what it lacks (`reduced`).
 
     Records are appended a point at a time, so a point is there whole or not at all; `contribute` looks once more.
 
     Raises:
-        UsageError: the run lacks no point, or has none.
+        UsageError: the run has no record, or lacks no value of an option as a whole.
     """
     table, cfg, env = records(folder), config(folder), environment(folder)
     if not len(table):
         raise UsageError(f"{folder} has no records: nothing of it is whole")
     if not (lacks := unanswered(table, cfg)):
-        raise UsageError(f"{folder} lacks no point: contribute it without --cut-off")
+        raise UsageError(f"{folder} lacks no length, rank count, kernel or ratio: contribute it without --cut-off")
     less = []
     for option, values in lacks.items():
         at, _, name = option.rpartition(".")

@@ -50,9 +50,9 @@ class Run(NamedTuple):
 def fig1(records: pd.DataFrame) -> Figure:
     """Serial Ulysses above every HCMS that left a trace; measured on the left, on the right as the simulator sees it.
 
-    With several kernels each has a column of its own, measured, and the simulator none. Its column is what the run's
-    own calibration predicted; of a run that kept none of it, an ideal machine's, from two numbers of the serial run:
-    its attention time and its communication ratio. Lanes are those of the call nearest the median, on rank 0; the
+    With several kernels each has a column of its own, measured, and the simulator none. The simulator shows what the
+    run's own calibration predicted; of a run that kept none of it, an ideal machine, from two numbers of the serial
+    run: its attention time and its communication ratio. Lanes are those of the call nearest the median, on rank 0; the
     speedup is that of the medians.
 
     Args:

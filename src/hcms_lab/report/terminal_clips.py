@@ -22,12 +22,12 @@ def clip_tables(records: list[dict[str, Any]], title: str) -> list[Table]:
     """The terminal's tables, two a clip length: speedups with their checks, and where the time goes."""
     shown: list[Table] = []
     points = {(r["world_size"], r["link_ratio"], r["num_frames"]): r for r in records}
-    for point, first in points.items():
-        rho = "" if first["comm_ratio"] is None else f", rho {first['comm_ratio']:.2f} in the pipeline"
-        where = f"{first['num_frames']} frames, {first['seq_len']:,} tokens, {first['world_size']} ranks{rho}"
-        if first["composed"]:
+    for point, one in points.items():
+        rho = "" if one["comm_ratio"] is None else f", rho {one['comm_ratio']:.2f} in the pipeline"
+        where = f"{one['num_frames']} frames, {one['seq_len']:,} tokens, {one['world_size']} ranks{rho}"
+        if one["composed"]:
             where += (
-                f"\ncomposed of {first['n']} timed steps a method, with {first['layers_timed']} of {first['layers']} "
+                f"\ncomposed of {one['n']} timed steps a method, with {one['layers_timed']} of {one['layers']} "
                 f"layers, and of text encoder and VAE"
             )
         speed = Table(

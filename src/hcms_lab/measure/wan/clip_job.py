@@ -31,7 +31,7 @@ class ClipJob:
         points: one a clip length; their cases are the methods.
         clips: the clips' shapes, in the points' order.
         compare_plain: each rank also runs the unchanged pipeline alone, once a length.
-        layers_timed: transformer blocks that are built where steps are timed; None is all.
+        layers_timed: transformer blocks that are built where steps are timed.
     """
 
     model: ModelConfig
