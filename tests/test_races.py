@@ -61,7 +61,9 @@ def delayed(place: Place, rounds: int, seed: int) -> list[str]:
     for turn in range(rounds):
         name, group = agreed.choice(CHUNKED), agreed.choice((place.gloo, place.emulated))
         cut, heads, tokens = drawn(agreed, name)
-        whole = whole_qkv((agreed.randint(1, 2), tokens * place.ranks, heads * place.ranks, H), torch.float32, turn + rounds * seed)
+        whole = whole_qkv(
+            (agreed.randint(1, 2), tokens * place.ranks, heads * place.ranks, H), torch.float32, turn + rounds * seed
+        )
         q, k, v = (own(place, x) for x in whole)
         attention = SequenceParallelAttention(group, name, cut, prefetch=agreed.choice((None, 1, 2)))
         try:
