@@ -285,6 +285,14 @@ def test_a_run_that_was_cut_off_gives_its_whole_points(tmp_path: Path, capsys: p
     assert (reduced(target), problems(target)) == ("cut off with 1 of 2 latent_frames", [])
 
 
+def test_a_variant_s_name_is_looked_at_by_a_check_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["contribute", str(make_run(tmp_path)), "--check", "--variant", "../../x"]) == 2
+    assert "--variant ../../x: give lower-case letters" in capsys.readouterr().err
+    (tmp_path / "begun").mkdir()
+    assert main(["contribute", str(tmp_path / "begun"), "--cut-off"]) == 2
+    assert "has no point that is whole yet: go on with resume=<folder>" in capsys.readouterr().err
+
+
 def test_a_hole_in_a_grid_is_no_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path, "fig4", ranks=(2, 4), frames=(9, 16))
     change_records(folder, lambda rows: rows.__setitem__(slice(None), [r for r in rows if not last_point(r)]))

@@ -31,8 +31,10 @@ def options(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
+    from hcms_lab.report.contribute import check_variant
     from hcms_lab.report.cut_off import whole_points
 
+    check_variant(arguments.variant)
     if not arguments.folder.is_dir():
         raise UsageError(f"{arguments.folder} is no folder: give a run's, such as outputs/fig3/latest")
     with TemporaryDirectory() as scratch:

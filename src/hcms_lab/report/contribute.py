@@ -54,6 +54,12 @@ def problems(folder: Path) -> list[str]:
         return [str(error)]
 
 
+def check_variant(variant: str | None) -> None:
+    """Refuse a variant's name that is not made of lower-case letters, digits and hyphens."""
+    if variant is not None and not _SLUG.fullmatch(variant):
+        raise UsageError(f"--variant {variant}: give lower-case letters, digits and hyphens, such as p2p-off")
+
+
 def place(folder: Path, root: Path = ROOT, *, variant: str | None = None, replace: bool = False) -> Path:
     """Copy a run that has no problems to `paper_tables/records/<hardware>/<exp>/` under `root`; returns that folder.
 
@@ -68,8 +74,7 @@ def place(folder: Path, root: Path = ROOT, *, variant: str | None = None, replac
             rounds or cases, such a run is there already and `replace` is False, or `variant` is not made of lower-case
             letters, digits and hyphens.
     """
-    if variant is not None and not _SLUG.fullmatch(variant):
-        raise UsageError(f"--variant {variant}: give lower-case letters, digits and hyphens, such as p2p-off")
+    check_variant(variant)
     base = root / "paper_tables" / "records"
     if base.resolve() in folder.resolve().parents:
         raise UsageError(f"{os.path.relpath(folder)} is among the committed records already: give a run's folder")

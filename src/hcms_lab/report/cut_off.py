@@ -50,9 +50,9 @@ def whole_points(folder: Path, into: Path) -> Path:
     Raises:
         UsageError: the run has no record, or lacks no value of an option as a whole.
     """
+    if not (folder / "records.jsonl").is_file():
+        raise UsageError(f"{folder} has no point that is whole yet: go on with resume=<folder>")
     table, cfg, env = records(folder), config(folder), environment(folder)
-    if not len(table):
-        raise UsageError(f"{folder} has no records: nothing of it is whole")
     if not (lacks := unanswered(table, cfg)):
         raise UsageError(f"{folder} lacks no length, rank count, kernel or ratio: contribute it without --cut-off")
     less = []
