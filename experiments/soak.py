@@ -8,7 +8,7 @@ from typing import Any
 
 from hcms_lab.ground.checks import number
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.measure.cases import device_of, link_of, ranks_of
+from hcms_lab.measure.cases import EMULATED, device_of, link_of, ranks_of
 from hcms_lab.measure.progress import progress
 from microbench import Settings as Layers
 from microbench import grid
@@ -26,7 +26,7 @@ def validate(cfg: Settings) -> None:
     number("minutes", cfg.minutes, 0, 7 * 24 * 60, above=True)
     if len(ranks_of(cfg)) > 1:
         raise UsageError(f"ranks={cfg.ranks}: it is one process group that is soaked; give one number")
-    if link_of(cfg) == "emulated" and cfg.link.gbps is None:
+    if link_of(cfg) == EMULATED and cfg.link.gbps is None:
         raise UsageError("link.gbps=null: a ratio would be measured anew on every run; give a bandwidth")
     if cfg.resume is not None:
         raise UsageError(f"resume={cfg.resume}: what a process holds cannot be gone on with; start a new run")

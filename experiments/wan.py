@@ -23,6 +23,7 @@ from hcms_lab.ground.model_config import ClipConfig, ModelConfig, chosen_model, 
 from hcms_lab.ground.names import KERNELS
 from hcms_lab.ground.records import RecordFile, derived_gbps
 from hcms_lab.measure.cases import (
+    EMULATED,
     Case,
     Point,
     cases_of,
@@ -88,7 +89,7 @@ def validate(cfg: Settings) -> None:
             if refusal := clip.refusal(ranks):
                 raise UsageError(refusal)
             layer = Workload(clip.tokens, heads, ranks, model.transformer["attention_head_dim"], 1, model.dtype)
-            if link_of(cfg) == "emulated":
+            if link_of(cfg) == EMULATED:
                 check_pace(layer, cfg.link.gbps, latency_us_of(cfg))
             if not cfg.dry and cfg.memory_gib is None:  # one layer, before the whole model is built to be counted
                 check_memory(layer, f"frames={clip.frames}", device_of(cfg))

@@ -130,13 +130,18 @@ def _connected() -> socket.socket:
     place = Path(os.environ[PLACE])
     with (place / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        word = socket.socket(socket.AF_UNIX)
-        try:
-            word.connect(str(place / "socket"))
-            return word
-        except OSError:
-            word.close()
-        return _started(place)
+        return _answering(place) or _started(place)
+
+
+def _answering(place: Path) -> socket.socket | None:
+    """To a warm Python that listens already, or None."""
+    word = socket.socket(socket.AF_UNIX)
+    try:
+        word.connect(str(place / "socket"))
+        return word
+    except OSError:
+        word.close()
+        return None
 
 
 def _started(place: Path) -> socket.socket:
@@ -153,13 +158,9 @@ def _started(place: Path) -> socket.socket:
         )
     until_s = time.monotonic() + _STARTS_S
     while time.monotonic() < until_s and server.poll() is None:
-        word = socket.socket(socket.AF_UNIX)
-        try:
-            word.connect(str(place / "socket"))
+        if (word := _answering(place)) is not None:
             return word
-        except OSError:
-            word.close()
-            time.sleep(0.1)
+        time.sleep(0.1)
     raise RuntimeError(f"the warm Python does not start: {(place / 'log').read_text()[-2000:]}")
 
 

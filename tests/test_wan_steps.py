@@ -44,6 +44,7 @@ def job(folder: Path, **changes: Any) -> Any:
     point = Point("tiny", RANKS, CLIP.latent_frames, CLIP.tokens, 8, 12, 1, "float32", "sdpa", None, CASES)
     settings: dict[str, Any] = {"model": MODEL, "source": None, "job": made, "points": (point,), "clips": (CLIP,)}
     settings |= {"prompt": "a cat", "negative_prompt": "", "image": None, "sharding": "none", "vae_tiling": False}
+    settings["layers_timed"] = int(MODEL.transformer["num_layers"])
     return clip_job.ClipJob(**{**settings, "compare_plain": False, **changes})
 
 

@@ -10,7 +10,7 @@ import torch
 from hcms.links import emulated, ghost, links
 from hcms.schedule.cost import Workload
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.measure.cases import Case, Point
+from hcms_lab.measure.cases import EMULATED, Case, Point
 from hcms_lab.measure.contestant import contestant
 from hcms_lab.measure.inputs import World
 from hcms_lab.measure.job import Job
@@ -30,7 +30,7 @@ def settle(rank: Rank, job: Job, point: Point, gbps_of_ratio: dict[float, float]
     if links()[job.link].one_for_all:
         ghost.WIRE.slow(gbps=job.gbps, latency_us=job.latency_us)
         return job.gbps
-    if job.link != "emulated":
+    if job.link != EMULATED:
         return None
     gbps = job.gbps
     if gbps is None and point.link_ratio is not None:

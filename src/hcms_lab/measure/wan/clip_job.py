@@ -45,7 +45,7 @@ class ClipJob:
     sharding: str
     vae_tiling: bool
     compare_plain: bool
-    layers_timed: int | None = None
+    layers_timed: int
 
     @property
     def forwards_a_step(self) -> int:

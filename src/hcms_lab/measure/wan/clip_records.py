@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from statistics import mean, median
 from typing import Any
 
@@ -18,11 +18,23 @@ from hcms_lab.measure.timing import gathered
 from hcms_lab.measure.wan.breakdown import DENOISING, PARTS
 from hcms_lab.measure.wan.clip_job import TOLERANCE, ClipJob, Entrant, Seen
 
+Mark = Callable[[ClipRecord, list[Seen], list[int]], None]
+
 
 def recorded(
-    rank: Rank, clip_job: ClipJob, point: Point, clip: ClipShape, gbps: float | None, entrants: list[Entrant]
+    rank: Rank,
+    clip_job: ClipJob,
+    point: Point,
+    clip: ClipShape,
+    gbps: float | None,
+    entrants: list[Entrant],
+    mark: Mark | None = None,
 ) -> list[ClipRecord]:
-    """The records of one length, compared with each other. Collective: every rank returns the same."""
+    """The records of one length, compared with each other. Collective: every rank returns the same.
+
+    Args:
+        mark: says more of each record, of what every rank saw and which rank was the slowest in each clip.
+    """
     job, model = clip_job.job, clip_job.model
     found: list[ClipRecord] = []
     for e in entrants:
@@ -98,31 +110,28 @@ def recorded(
                 plain_bitwise_equal=all(b.plain_bitwise_equal for b in by_rank) if plain_errors else None,
             )
         )
+        if mark is not None:
+            mark(found[-1], by_rank, slowest)
     against_ulysses(found, job.seed)
     return found
 
 
-def mark_composed(
-    rank: Rank, clip_job: ClipJob, entrants: list[Entrant], records: list[ClipRecord], load: str | None
-) -> None:
-    """Say of records of composed clips what they are composed of. Collective."""
-    layers = int(clip_job.model.transformer["num_layers"])
-    for e, r in zip(entrants, records, strict=True):
-        by_rank: list[Seen] = gathered(rank, e.seen)
-        r.composed, r.load = True, load
-        r.steps_timed, r.experts_timed, r.forwards_a_step = r.n, 1, clip_job.forwards_a_step
-        r.layers_timed = clip_job.layers_timed or layers
-        # Each timed step as its slowest rank saw it; the clips' parts hold `steps` of them.
-        slowest = [max(by_rank, key=lambda b: b.totals_ms[i]).steps_ms[i][0] for i in range(len(e.seen.steps_ms))]
-        r.step_times_ms = [sum(step.values()) for step in slowest]
-        r.self_attention_by_step_ms = [step["self_attention"] for step in slowest]
-        r.host_ms = max(median(b.host_ms) for b in by_rank)
-        r.host_ahead_ms = min(min(b.ahead_ms) for b in by_rank)
-        r.replayed_share = sum(b.replayed for b in by_rank) / max(1, sum(b.calls for b in by_rank))
-        r.layer_comm_ratio = _median(b.layer_comm_ratio for b in by_rank)
-        r.wrong_bytes = max(b.wrong_bytes for b in by_rank)
-        for name in ("sm_clock_mhz", "power_w"):
-            setattr(r, name, _median(seen.get(name) for b in by_rank for seen in b.sensors))
+def mark_composed(clip_job: ClipJob, load: str | None, r: ClipRecord, by_rank: list[Seen], slowest: list[int]) -> None:
+    """Say of a record of composed clips what they are composed of."""
+    r.composed, r.load = True, load
+    r.steps_timed, r.experts_timed, r.forwards_a_step = r.n, 1, clip_job.forwards_a_step
+    r.layers_timed = clip_job.layers_timed
+    # Each timed step as its slowest rank saw it; the clips' parts hold `steps` of them.
+    steps = [by_rank[rank].steps_ms[i][0] for i, rank in enumerate(slowest)]
+    r.step_times_ms = [sum(step.values()) for step in steps]
+    r.self_attention_by_step_ms = [step["self_attention"] for step in steps]
+    r.host_ms = max(median(b.host_ms) for b in by_rank)
+    r.host_ahead_ms = min(min(b.ahead_ms) for b in by_rank)
+    r.replayed_share = sum(b.replayed for b in by_rank) / max(1, sum(b.calls for b in by_rank))
+    r.layer_comm_ratio = _median(b.layer_comm_ratio for b in by_rank)
+    r.wrong_bytes = max(b.wrong_bytes for b in by_rank)
+    for name in ("sm_clock_mhz", "power_w"):
+        setattr(r, name, _median(seen.get(name) for b in by_rank for seen in b.sensors))
 
 
 def _wrong(method: str, dtype: str, by_rank: list[Seen]) -> str | None:

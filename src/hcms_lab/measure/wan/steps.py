@@ -51,8 +51,8 @@ def measure_steps(rank: Rank, clip_job: ClipJob, tick: Callable[[str], None]) ->
     """Measure all lengths on this rank; the first rank writes records, step by step and a method each."""
     folder = Path(clip_job.job.folder)
     ends = ends_ms(rank, clip_job)
-    layers = clip_job.layers_timed or int(clip_job.model.transformer["num_layers"])
-    built = replace(clip_job.model, transformer={**clip_job.model.transformer, "num_layers": layers})
+    transformer = {**clip_job.model.transformer, "num_layers": clip_job.layers_timed}
+    built = replace(clip_job.model, transformer=transformer)
     expert = build.random_expert(built, rank.device, clip_job.job.seed, sharding=clip_job.sharding)
     gbps_of_ratio = dict(clip_job.job.gbps_of_ratio)
     records = RecordFile(folder / "records.jsonl")
@@ -60,8 +60,8 @@ def measure_steps(rank: Rank, clip_job: ClipJob, tick: Callable[[str], None]) ->
         bench = _Bench(rank, clip_job, point, clip, clip_ends, expert)
         gbps = settle(rank, clip_job.job, point, gbps_of_ratio)
         bench.run(tick)
-        found = recorded(rank, clip_job, point, clip, gbps, bench.entrants)
-        mark_composed(rank, clip_job, bench.entrants, found, SUSTAINED if rank.device.type == "cuda" else None)
+        mark = partial(mark_composed, clip_job, SUSTAINED if rank.device.type == "cuda" else None)
+        found = recorded(rank, clip_job, point, clip, gbps, bench.entrants, mark)
         if rank.first:
             records.append(list(found))
         del bench
@@ -81,14 +81,14 @@ class _Bench:
         expert: torch.nn.Module,
     ) -> None:
         self.rank, self.clip_job, self.job, self.clip, self.ends = rank, clip_job, clip_job.job, clip, ends
-        self.expert, self.ghost = expert, links()[self.job.link].processes == "one"
+        self.expert, self.ghost = expert, links()[self.job.link].one_for_all
         self.denoising = Denoising(clip_job.model, clip, expert, rank.device, self.job.seed)
         self.breakdown, self.sensors = Breakdown(rank.device), Sensors(rank.device)
         self.wire = wire(self.job.link, point)
         self.entrants = [entrant(case, point, self.job) for case in point.cases]
         self.ulysses = next(e for e in self.entrants if e.case.method == "ulysses")
-        layers = int(clip_job.model.transformer["num_layers"])
-        self.blocks = layers / (clip_job.layers_timed or layers)  # of the model, for each that is timed
+        # Of the model, for each that is timed.
+        self.blocks = int(clip_job.model.transformer["num_layers"]) / clip_job.layers_timed
         generator = torch.Generator(rank.device).manual_seed(self.job.seed)
         size = (1, clip.tokens // rank.ranks, point.heads, point.head_dim)
         # Of the attention layer alone: q, k, v `[1, L, N, H]`; over a ghost link, what peers hold.
@@ -189,14 +189,14 @@ class _Bench:
     def _note(self, e: Entrant, index: int, step: int) -> None:
         """Compose a clip of the step that was just made, and keep the first rank's view of it in steps.jsonl."""
         seen, steps = e.seen, self.clip_job.model.steps
-        parts = self.breakdown.parts(blocks=self.blocks)
+        timed, parts = self.breakdown.parts(), self.breakdown.parts(blocks=self.blocks)
         whole = {name: steps * ms + self.ends.get(name, 0.0) for name, ms in parts.items()}
         seen.totals_ms.append(sum(whole.values()))
         seen.parts_ms.append(whole)
         seen.steps_ms.append([{name: parts[name] for name in (*DENOISING, "other")}])
         seen.host_ms.append(self.breakdown.issued_ms)
         # The scheduler waits for the device, so the host's lead is what there was before it.
-        forwards_ms = self.breakdown.total_ms - self.breakdown.parts()["scheduler"]
+        forwards_ms = self.breakdown.total_ms - timed["scheduler"]
         seen.ahead_ms.append(forwards_ms - self.breakdown.issued_ms)
         seen.sensors.append(dict(self._sensed))
         if self.rank.device.type == "cuda":
@@ -211,7 +211,7 @@ class _Bench:
                 "step_ms": self.breakdown.total_ms,
                 "layers_timed": self.clip_job.layers_timed,
                 "host_ms": seen.host_ms[-1],
-                "parts_ms": self.breakdown.parts(),
+                "parts_ms": timed,
                 **self._sensed,
             }
             with (Path(self.job.folder) / "steps.jsonl").open("a") as file:
