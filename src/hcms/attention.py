@@ -254,7 +254,9 @@ class SequenceParallelAttention:
         slug = hardware(device.type).slug
         profile = self._profile
         if profile is None:
-            profile = calibrate(self.group, shape, dtype, device, self.kernel, hardware=slug, transport=self._transport)
+            profile = calibrate(
+                self.group, shape, dtype, device, self.kernel, hardware=slug, transport=self._transport, ring=False
+            )
         elif not isinstance(profile, Profile):
             path = profile
             profile = given_by_first(
@@ -381,7 +383,7 @@ class SequenceParallelAttention:
         return CpuLanes(self.group, {})
 
 
-_WARM_CALLS = 3  # of a plan before it is timed: an eager one, its capture, a replay
+_WARM_CALLS = 2  # of a plan before it is timed: an eager one, its capture with a first replay
 _kernel, _method, _transport = kernel, method, transport  # the class's arguments of these names hide the functions
 
 

@@ -41,6 +41,7 @@ def calibrate(
     *,
     hardware: str,
     transport: Transport | None = None,
+    ring: bool = True,
 ) -> Profile:
     """The profile of one layer shape on a group's ranks. Collective; every rank returns rank 0's profile.
 
@@ -50,6 +51,7 @@ def calibrate(
 
     Args:
         transport: what carries the exchanges; the collective one if None.
+        ring: whether what Ring Attention alone does is measured, too, where kernel and transport can.
     """
     transport = transport or transports()[COLLECTIVE]
     measuring = _Measuring(group, device, shape.heads, transport)
@@ -60,7 +62,7 @@ def calibrate(
     for _ in range(_ROUNDS[device.type]):
         for m in sizes:
             _measure_chunk(measuring, shape, m, dtype, kernel, heads_first, smallest=m == sizes[0], whole=m == M)
-        if P > 1 and kernel.gives_lse and transport.collectives:
+        if ring and P > 1 and kernel.gives_lse and transport.collectives:
             _measure_ring(measuring, shape, dtype, kernel)
     by_rank = everyones(measuring.samples, group)
     slowest = [

@@ -16,7 +16,7 @@ from hcms.shortlist import BASELINES
 ROUNDS = 3
 MARGIN = 0.01  # as a prediction has to gain (`choose`)
 _ROUND_MS = 80.0  # back-to-back calls of a plan; the first half is not timed: a graph's first replays load it
-_FEWEST, _MOST = 4, 24
+_FEWEST, _MOST = 3, 24
 
 
 @dataclass(frozen=True)

@@ -70,19 +70,17 @@ class GhostProcessGroup(NamedGroup):
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(NAME, rank, size)
-
-    def _others(self) -> list[int]:
-        return [j for j in range(self.size()) if j != self.rank()]
+        self._own, self._others = rank, [j for j in range(size) if j != rank]
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:
-        own = self.rank()
+        own = self._own
         if inputs[own].numel():
             outputs[own].copy_(inputs[own], non_blocking=True)
         if inputs[own].numel() and not inputs[own].is_cuda:
-            for j in self._others():
+            for j in self._others:
                 outputs[j].copy_(inputs[j])
             return _Done(outputs)
-        return WIRE.swap([(inputs[j], outputs[j]) for j in self._others()])
+        return WIRE.swap([(inputs[j], outputs[j]) for j in self._others])
 
     def alltoall_base(
         self, output: Tensor, input: Tensor, out_splits: Any, in_splits: Any, opts: Any = None
@@ -102,10 +100,10 @@ class GhostProcessGroup(NamedGroup):
         """Peers answer with what this rank holds; the bytes off the rank go over the wire."""
         for gathered, x in zip(outputs, inputs, strict=True):
             for j, target in enumerate(gathered):
-                target.copy_(x) if not x.is_cuda or j == self.rank() else None
+                target.copy_(x) if not x.is_cuda or j == self._own else None
         if not inputs[0].is_cuda:
             return _Done(outputs)
-        return WIRE.swap([(x, g[j]) for g, x in zip(outputs, inputs, strict=True) for j in self._others()])
+        return WIRE.swap([(x, g[j]) for g, x in zip(outputs, inputs, strict=True) for j in self._others])
 
     def _allgather_base(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
         return self.allgather([list(output.view(self.size(), *input.shape).unbind(0))], [input], opts)

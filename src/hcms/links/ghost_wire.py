@@ -6,7 +6,8 @@ See `hcms.links.ghost` for what it stands for.
 # pyright: reportIncompatibleMethodOverride=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -28,6 +29,7 @@ class _Sides:
     Each calling stream has its own: shared, two lanes' works would queue behind each other.
     """
 
+    caller: torch.cuda.Stream
     out: torch.cuda.Stream
     into: torch.cuda.Stream
     ready: torch.cuda.Event
@@ -35,10 +37,19 @@ class _Sides:
     arrived: torch.cuda.Event
 
     @staticmethod
-    def make() -> _Sides:
+    def of(caller: torch.cuda.Stream) -> _Sides:
         out, into = (torch.cuda.Stream(priority=-1) for _ in range(2))
         ready, left, arrived = (torch.cuda.Event() for _ in range(3))
-        return _Sides(out, into, ready, left, arrived)
+        return _Sides(caller, out, into, ready, left, arrived)
+
+    @contextmanager
+    def on(self, side: torch.cuda.Stream) -> Iterator[None]:
+        """Work of one side. `torch.cuda.stream` would ask for the device and its stream each time: 10 us a copy."""
+        torch.cuda.set_stream(side)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(self.caller)
 
 
 class Wire:
@@ -122,12 +133,13 @@ class Wire:
         self._out_at, self._in_at = self._prepared_out_at, self._prepared_in_at
 
     def spoil(self) -> None:
-        """Overwrite what left, so that bytes that do not leave in the next replay show."""
+        """Overwrite what left, so that bytes that do not leave in the next replay show. Waits for the card."""
+        self._wait_for_card()  # bytes of calls before may still be on their way out, and would cover this
         self._left[: self._prepared_out_at].fill_(_SPOILT)
 
     def wrong_bytes(self) -> int:
         """Of what left in the replayed pass, the bytes that are not what should have. Waits for the card."""
-        torch.cuda.synchronize()
+        self._wait_for_card()
         n = self._prepared_out_at
         if torch.equal(self._left[:n], self._expected[:n]):
             return 0
@@ -150,7 +162,7 @@ class Wire:
             else:
                 self._out(sides, left, leaves)
                 self._in(sides, arrives, arriving)
-        return self._joined(sides, by=torch.cuda.current_stream() if self.engine == "sm" else None)
+        return self._joined(sides, by=sides.caller if self.engine == "sm" else None)
 
     def send(self, leaves: Tensor) -> Swapped:
         sides = self._forked()
@@ -203,13 +215,16 @@ class Wire:
         self._expected[end : -(-end // _ALIGN) * _ALIGN].fill_(_SPOILT)  # where nothing will have gone
         left.copy_(_bytes(leaves), non_blocking=True)
 
+    def _wait_for_card(self) -> None:
+        torch.cuda.synchronize()
+
     # ---- the card's two directions -----------------------------------------------------------------------------------
 
     def _forked(self) -> _Sides:
         current = torch.cuda.current_stream()
         sides = self._sides.get(current.cuda_stream)
         if sides is None:
-            sides = self._sides[current.cuda_stream] = _Sides.make()
+            sides = self._sides[current.cuda_stream] = _Sides.of(current)
         # What leaves was made, and the memory that is written was last read, by the calling stream or before it.
         sides.ready.record(current)
         sides.out.wait_event(sides.ready)
@@ -223,14 +238,14 @@ class Wire:
         return Swapped(sides)
 
     def _out(self, sides: _Sides, left: Tensor, leaves: Tensor) -> None:
-        with torch.cuda.stream(sides.out):
+        with sides.on(sides.out):
             if self.engine == "sm":
                 return _move((left, _bytes(leaves)), None)
             left.copy_(_bytes(leaves), non_blocking=True)
             self._again(leaves.nbytes, out=True)
 
     def _in(self, sides: _Sides, arrives: Tensor, arriving: Tensor) -> None:
-        with torch.cuda.stream(sides.into):
+        with sides.on(sides.into):
             if self.engine == "sm":
                 return _move(None, (_bytes(arrives), arriving))
             _bytes(arrives).copy_(arriving, non_blocking=True)

@@ -44,7 +44,8 @@ __all__ = [
 ]
 
 COOL_DUTY = 0.65  # measured on an H100 and an H200 of 700 W: below, attention ran at the clock of single calls
-_TURNS = 3  # the share of attention and its slowdown settle within a part in a thousand
+_TURNS = 3  # the share of attention and its slowdown settle within a part in a thousand,
+_SETTLED = 0.005  # and sooner where the clock comes out as near as this: then times do within a part in a thousand
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -107,6 +108,8 @@ class WorkloadCosts:
         self.workload = workload
         self.graph, self.sustained, self.hot = graph, sustained, hot
         self._known: dict[tuple[Any, ...], OpCost] = {}
+        self._known_stages: dict[tuple[Any, ...], tuple[Stage, ...]] = {}
+        self._known_slowdown: dict[tuple[bool, bool], float] = {}
 
     @property
     def host_computes(self) -> bool:
@@ -167,6 +170,12 @@ class WorkloadCosts:
         return wire_ms / (wire_ms + steady_ms)
 
     def _slowdown(self, op: Op, in_ring: bool) -> float:
+        key = (op.kind == "attend", in_ring)
+        if key not in self._known_slowdown:
+            self._known_slowdown[key] = self._slowdown_of(op, in_ring)
+        return self._known_slowdown[key]
+
+    def _slowdown_of(self, op: Op, in_ring: bool) -> float:
         if in_ring:
             steps = ring(self.workload.ranks)
             attend_ms = sum(self._ring_cost(o).lane_ms for o in steps.ops if o.kind == "attend")
@@ -242,6 +251,15 @@ class WorkloadCosts:
     def stages(self, op: Op, schedule: Schedule) -> tuple[Stage, ...]:
         """An operation as the stages that `contend` lets meet."""
         in_ring = schedule.name == "ring"
+        size = min(op.chunk, 1) if in_ring else schedule.cut[op.chunk]
+        fills = COMPUTE_2 in schedule.lanes
+        key = (op.kind, size, op.tensors, op.part, in_ring, fills, schedule.overlaps, schedule.copies_apart)
+        key = (*key, schedule.comm_sms)
+        if key not in self._known_stages:
+            self._known_stages[key] = self._stages_of(op, schedule, in_ring)
+        return self._known_stages[key]
+
+    def _stages_of(self, op: Op, schedule: Schedule, in_ring: bool) -> tuple[Stage, ...]:
         slowdown = self._slowdown(op, in_ring) if schedule.overlaps and not self._blocked(schedule) else 1.0
         if op.kind == "attend":
             if in_ring:
@@ -351,8 +369,12 @@ def predict(schedule: Schedule, costs: Costs) -> Timeline:
     """
     timeline = _predict(schedule, costs)
     if isinstance(costs, WorkloadCosts) and costs.sustained and costs.profile.knows_sustained:
+        hot = costs.hot
         for _ in range(_TURNS):
-            timeline = _predict(schedule, costs.at_duty(attending_ms(timeline) / timeline.duration_ms))
+            costs = costs.at_duty(attending_ms(timeline) / timeline.duration_ms)
+            if abs(costs.hot - hot) < _SETTLED:
+                break
+            timeline, hot = _predict(schedule, costs), costs.hot
     return timeline
 
 

@@ -10,6 +10,7 @@ and every operation named in `after` has ended.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Literal
 
@@ -48,7 +49,7 @@ class Op:
     part: tuple[int, int] = (0, 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Schedule:
     """Operations in host issue order, over a cut of this rank's heads (or over the steps of a ring).
 
@@ -74,17 +75,17 @@ class Schedule:
             if any(not 0 <= earlier < index for earlier in op.after):
                 raise ValueError(f"{self.name}: operation {index} ({op.kind}) must come after all it waits for")
 
-    @property
+    @cached_property
     def lanes(self) -> tuple[str, ...]:
         """The lanes in order of first use."""
         return tuple(dict.fromkeys(op.lane for op in self.ops))
 
-    @property
+    @cached_property
     def copies_apart(self) -> bool:
         """Whether packing and unpacking are operations of their own, so that an exchange moves bytes and no more."""
         return any(op.kind == "pack" for op in self.ops)
 
-    @property
+    @cached_property
     def parts(self) -> tuple[int, ...]:
         """For each chunk, into how many parts its queries are split."""
         parts = [1] * len(self.cut)
@@ -93,12 +94,12 @@ class Schedule:
                 parts[op.chunk] = op.part[1]
         return tuple(parts) if self.name != "ring" else (1,) * len(self.cut)
 
-    @property
+    @cached_property
     def overlaps(self) -> bool:
         """Whether any communication may run beside computation."""
         return len(self.lanes) > 1
 
-    @property
+    @cached_property
     def chunk_starts(self) -> tuple[int, ...]:
         """First head of each chunk, among this rank's heads."""
         return (0, *accumulate(self.cut[:-1]))

@@ -62,7 +62,7 @@ def measure_point(rank: Rank, job: Job, point: Point, gbps: float | None, tick: 
     carries = wire(job.link, point)
     references = [reference(world, i) for i in range(SETS)]
     with torch.inference_mode():
-        profile = point_profile(rank, job, point)
+        profile = point_profile(rank, job, point, ring=any(case.method == "ring" for case in point.cases))
         if profile is not None and rank.first and job.profile is None:
             name = f"{point.ranks}x{point.seq_len}-{point.kernel}-{point.dtype}"
             ratio = "" if point.link_ratio is None else f"-rho{point.link_ratio:g}"
@@ -203,8 +203,8 @@ class _Bench:
         t.wrong_bytes += wrong_bytes
 
 
-def point_profile(rank: Rank, job: Job, point: Point) -> Profile | None:
-    """The profile that this point's predictions and automatic cuts stand on, if any do."""
+def point_profile(rank: Rank, job: Job, point: Point, *, ring: bool = True) -> Profile | None:
+    """The profile that this point's predictions and automatic cuts stand on, if any do; of a ring, too, or not."""
     group = dist.group.WORLD
     assert group is not None
     if not job.predict and not any(case.cut == "auto" for case in point.cases):
@@ -230,4 +230,5 @@ def point_profile(rank: Rank, job: Job, point: Point) -> Profile | None:
         attention,
         hardware=job.hardware,
         transport=transport(job.transport),
+        ring=ring,
     )
