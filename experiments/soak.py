@@ -8,7 +8,7 @@ from typing import Any
 
 from hcms_lab.ground.checks import number
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.measure.cases import EMULATED, device_of, link_of, ranks_of
+from hcms_lab.measure.cases import EMULATED, device_of, link_of, one_for_all, ranks_of
 from hcms_lab.measure.progress import progress
 from microbench import Settings as Layers
 from microbench import grid
@@ -52,7 +52,8 @@ def run(cfg: Settings, folder: Path) -> bool:
     samples = read(folder / SAMPLES)
     grew = growth(samples)
     soak_figure(samples).savefig(folder / "soak.png")
-    print(f"{max(s.cycle for s in samples) + 1} cycles on {ranks} ranks in {samples[-1].minute:.1f} minutes")
+    who = f"one rank of {ranks}" if one_for_all(cfg) else f"{ranks} ranks"
+    print(f"{max(s.cycle for s in samples) + 1} cycles on {who} in {samples[-1].minute:.1f} minutes")
     print("\n".join(grew) or "memory, open files, threads and results stayed as they were")
     return not grew
 

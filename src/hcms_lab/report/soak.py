@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _PANELS = {
     "rss_mib": "resident memory, MiB",
+    "gpu_mib": "GPU memory, MiB",
     "open_files": "open files",
     "threads": "threads",
     "wrong": "wrong outputs",
@@ -20,12 +21,14 @@ _PANELS = {
 
 
 def soak_figure(samples: Sequence[SoakSample]) -> Figure:
-    """One panel a quantity, each from zero, so that flat looks flat."""
+    """One panel a quantity, each from zero, so that flat looks flat; GPU memory where there is any."""
     import matplotlib.pyplot as plt
 
+    on_gpu = any(s.gpu_mib for s in samples)
+    panels = {name: label for name, label in _PANELS.items() if name != "gpu_mib" or on_gpu}
     with style.use():
-        fig, axes = plt.subplots(1, len(_PANELS), figsize=style.size("page", 0.28), sharex=True)
-        for ax, (name, label) in zip(axes, _PANELS.items(), strict=True):
+        fig, axes = plt.subplots(1, len(panels), figsize=style.size("page", 0.28), sharex=True)
+        for ax, (name, label) in zip(axes, panels.items(), strict=True):
             for rank in sorted({s.rank for s in samples}):
                 own = [s for s in samples if s.rank == rank]
                 ax.plot([s.minute for s in own], [getattr(s, name) for s in own], label=f"rank {rank}")
