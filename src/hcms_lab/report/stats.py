@@ -75,11 +75,18 @@ def _percentile(ordered: np.ndarray, share: float) -> float:
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
     """Spearman's correlation; 0 where one of the two is flat, since a flat series has no order."""
+    return float(rank_correlations(x, np.asarray(y, dtype=float)[None])[0])
+
+
+def rank_correlations(x: ArrayLike, ys: np.ndarray) -> np.ndarray:
+    """`rank_correlation` of x with every row of `ys`: thousands are redrawn, and one by one each takes long."""
     from scipy.stats import rankdata
 
-    if np.ptp(np.asarray(x, dtype=float)) == 0 or np.ptp(np.asarray(y, dtype=float)) == 0:
-        return 0.0
-    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])  # `spearmanr` without its p-value: thousands are drawn
+    x = np.asarray(x, dtype=float)
+    middle = (len(x) + 1) / 2  # of any ranks, ties or not
+    of_x, of_ys = rankdata(x) - middle, rankdata(ys, axis=1) - middle
+    scale = np.sqrt((of_x**2).sum() * (of_ys**2).sum(axis=1))
+    return np.divide(of_ys @ of_x, scale, out=np.zeros(len(ys)), where=scale != 0)
 
 
 def point_columns(records: pd.DataFrame) -> list[str]:
