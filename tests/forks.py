@@ -12,8 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile, mkdtemp
 from typing import Any
@@ -84,7 +84,8 @@ class Fork:
 class Command(Fork):
     """A script, `-m` or `-c` with its arguments, as Python is given them; its output is kept for `communicate`.
 
-    In a session of its own it has a terminal's signals, but for those that it `ignores`.
+    In a session of its own it has a terminal's signals, but for those that it `ignores`. `beside` a process it has the
+    mounts and the network that are that one's own.
     """
 
     def __init__(
@@ -95,9 +96,11 @@ class Command(Fork):
         *,
         own_session: bool = False,
         ignores: Sequence[int] = (),
+        beside: int | None = None,
     ) -> None:
         self._out, self._err = TemporaryFile("w+"), TemporaryFile("w+")  # noqa: SIM115
         order = {"arguments": list(arguments), "own_session": own_session, "ignores": [int(each) for each in ignores]}
+        order |= {} if beside is None else {"beside": beside}
         with open(os.devnull, "rb") as nothing:
             files = [nothing.fileno(), self._out.fileno(), self._err.fileno()]
             super().__init__(order, files, folder=folder, environment=environment)
@@ -111,6 +114,27 @@ class Command(Fork):
             texts.append(file.read())
             file.close()
         return texts[0], texts[1]
+
+
+@contextmanager
+def namespaces(command: Sequence[str], script: str) -> Iterator[int]:
+    """A process that only waits, for others to run `beside`: begun by that command, which gives it namespaces of its
+    own, and set up there by that script.
+    """
+    waits = subprocess.Popen(
+        [*command, "sh", "-c", f"{script} && echo ready && exec cat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert waits.stdin is not None and waits.stdout is not None
+    try:
+        assert waits.stdout.readline() == "ready\n", script
+        yield waits.pid
+    finally:
+        waits.stdin.close()
+        waits.wait()
+        waits.stdout.close()
 
 
 def python(

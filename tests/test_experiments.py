@@ -200,14 +200,14 @@ def test_help_fits_a_screen_and_names_everything(run: ModuleType, capsys: pytest
 
 
 def test_a_sweep(tmp_path: Path) -> None:
-    done = tiny.command(
-        tmp_path, str(tiny.EXPERIMENTS / "run.py"), "--multirun", "+exp=fig6", "ranks=2,4", "wandb.mode=disabled"
-    )
+    settings = ("methods=[ulysses]", "bench.iterations=20", "wandb.mode=disabled")
+    run = str(tiny.EXPERIMENTS / "run.py")
+    done = tiny.command(tmp_path, run, "--multirun", "+exp=machinery", "ranks=2,4", *settings)
     assert done.returncode == 0, done.stderr
-    runs = sorted(folder for folder in tmp_path.glob("outputs/fig6/multirun_*/*") if folder.name.isdigit())
+    runs = sorted(folder for folder in tmp_path.glob("outputs/machinery/multirun_*/*") if folder.name.isdigit())
     assert [(config(folder)["kind"], config(folder)["ranks"]) for folder in runs] == [
-        ("hardware_types", 2),
-        ("hardware_types", 4),
+        ("machinery", 2),
+        ("machinery", 4),
     ]
 
 

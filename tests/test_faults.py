@@ -13,13 +13,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 import tiny
-from forks import Command
+from forks import Command, namespaces
 from hcms_lab.ground.records import RecordFile
 
 pytestmark = pytest.mark.t1
@@ -139,11 +138,13 @@ def test_a_rank_that_will_not_end_is_ended(tmp_path: Path) -> None:
 # ---- the parent ------------------------------------------------------------------------------------------------------
 
 
-def started(folder: Path, *, ignores: tuple[signal.Signals, ...] = ()) -> tuple[Command, Path]:
+def started(
+    folder: Path, *, ignores: tuple[signal.Signals, ...] = (), beside: int | None = None
+) -> tuple[Command, Path]:
     """An endless run in a session of its own, once it has measured its first point."""
     command = [str(tiny.EXPERIMENTS / "run.py"), *TINY, "bench.iterations=80", LONG]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    run = Command(command, folder, environment, own_session=True, ignores=ignores)
+    run = Command(command, folder, environment, own_session=True, ignores=ignores, beside=beside)
     until_s = time.monotonic() + 60
     while not (found := list(folder.glob("outputs/fig3/2*/records.jsonl"))):
         assert run.poll() is None, run.communicate()[1]
@@ -189,6 +190,7 @@ def test_an_interrupt_before_anything_runs(tmp_path: Path, wanted: int) -> None:
     while len(processes(tmp_path)) < wanted:
         assert run.poll() is None
         assert time.monotonic() < until_s
+        time.sleep(0.02)
     os.killpg(run.pid, signal.SIGINT)
     _, err = run.communicate(timeout=15)
     assert len(err.splitlines()) == 1, err
@@ -238,46 +240,44 @@ def may_mount() -> bool:
 needs_mount = pytest.mark.skipif(not may_mount(), reason="no leave to mount a file system of one's own (needs root)")
 
 
-def mounted(folder: Path, mount: str, command: list[str], after: str, **variables: str) -> Any:
-    """A command in a mount namespace of its own, after `mount`; then `after`, whose output is the result's."""
-    script = f'{mount}; "$@" > out 2> err; status=$?; {after}; exit $status'
-    return subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, *command],
-        cwd=folder,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+def mounted(folder: Path, mount: str, command: list[str], after: str, **variables: str) -> tuple[int, str, str]:
+    """A command where that was mounted, for nobody else: its status, what it said, and what `after` printed then."""
+    with namespaces(["unshare", "--mount"], f"cd {folder} && {mount}") as beside:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables}
+        run = Command(command, folder, environment, beside=beside)
+        try:
+            _, err = run.communicate(100)
+        finally:
+            run.kill()
+        return run.wait(), err, shown(beside, folder, after)
+
+
+def shown(beside: int, folder: Path, command: str) -> str:
+    """What a shell's command prints beside that process."""
+    there = ["nsenter", f"--target={beside}", "--mount", "sh", "-c", f"cd {folder}; {command}"]
+    return subprocess.run(there, capture_output=True, text=True, check=False).stdout
+
+
+SHM = "mount -t tmpfs none /dev/shm"
 
 
 @needs_mount
 @pytest.mark.parametrize("fault", ["exchange:killed:1", "round:raises:0"])
 def test_no_shared_memory_is_left(tmp_path: Path, fault: str) -> None:
-    mount = "mount -t tmpfs none /dev/shm"
-    done = mounted(tmp_path, mount, [FAULTY, *TINY], "sleep 0.5; ls -A /dev/shm", FAULT=fault)
-    assert done.returncode == 1
-    assert done.stdout == ""
+    status, _, left = mounted(tmp_path, SHM, [FAULTY, *TINY], "sleep 0.5; ls -A /dev/shm", FAULT=fault)
+    assert status == 1
+    assert left == ""
     wait_for_none(tmp_path, 2)
 
 
 @needs_mount
 def test_no_shared_memory_is_left_by_what_is_killed_as_a_whole(tmp_path: Path) -> None:
     """As a job's last signal, or the kernel for want of memory, ends all of its processes at once."""
-    kills = "\n".join(
-        [
-            "import os, signal, subprocess, sys, time",
-            "run = subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)",
-            "time.sleep(8)",
-            "assert run.poll() is None",
-            "os.killpg(run.pid, signal.SIGKILL)",
-        ]
-    )
-    command = ["-c", kills, str(tiny.EXPERIMENTS / "run.py"), *TINY, "bench.iterations=100000"]
-    done = mounted(tmp_path, "mount -t tmpfs none /dev/shm", command, "sleep 1; ls -A /dev/shm")
-    assert done.returncode == 0, (tmp_path / "err").read_text()
-    assert done.stdout == ""
+    with namespaces(["unshare", "--mount"], SHM) as beside:
+        run, _ = started(tmp_path, beside=beside)
+        os.killpg(run.pid, signal.SIGKILL)
+        assert run.wait(15) == -signal.SIGKILL
+        assert shown(beside, tmp_path, "sleep 1; ls -A /dev/shm") == ""
     wait_for_none(tmp_path, 5)
 
 
@@ -285,17 +285,14 @@ def test_no_shared_memory_is_left_by_what_is_killed_as_a_whole(tmp_path: Path) -
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     """What was recorded stays; one line says what happened."""
     (tmp_path / "outputs").mkdir()
-    done = mounted(
-        tmp_path, "mount -t tmpfs -o size=4m none outputs", [FAULTY, *TINY], "cat outputs/fig3/2*/records.jsonl",
-        FAULT="records:filled:0",
-    )  # fmt: skip
-    err = (tmp_path / "err").read_text()
-    assert done.returncode == 1, err
+    mount, kept = "mount -t tmpfs -o size=4m none outputs", "cat outputs/fig3/2*/records.jsonl"
+    status, err, lines = mounted(tmp_path, mount, [FAULTY, *TINY], kept, FAULT="records:filled:0")
+    assert status == 1, err
     said = [line for line in err.splitlines() if not line.startswith("measuring ")]
     assert len(said) == 1, err
     assert said[0].startswith("error: rank 0 could not write: ")
     assert "No space left on device; the records so far are in outputs/fig3/" in said[0]
-    whole = [json.loads(line) for line in done.stdout.splitlines() if line.endswith("}")]
+    whole = [json.loads(line) for line in lines.splitlines() if line.endswith("}")]
     assert [r["frames"] for r in whole[:2]] == [2, 2]
     wait_for_none(tmp_path, 2)
 
@@ -322,10 +319,9 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
 )
 def test_nowhere_to_write(tmp_path: Path, mount: str, why: str) -> None:
     (tmp_path / "outputs").mkdir()
-    done = mounted(tmp_path, mount, [str(tiny.EXPERIMENTS / "run.py"), *TINY], "find outputs")
-    err = (tmp_path / "err").read_text()
-    assert done.returncode == 2, err
+    status, err, found = mounted(tmp_path, mount, [str(tiny.EXPERIMENTS / "run.py"), *TINY], "find outputs")
+    assert status == 2, err
     assert err.count("\n") == 1
     assert err.startswith("error: output=outputs: no folder to write to (")
     assert why in err
-    assert done.stdout == "outputs\n", "nothing was begun"
+    assert found == "outputs\n", "nothing was begun"

@@ -7,8 +7,8 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 import tiny
+from forks import Command, namespaces
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.launch import check_one_clock
 from ranks import Place, on_ranks
@@ -28,31 +29,22 @@ AGENT = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--r
 
 
 def agents(
-    folder: Path, port: int, settings: list[str], places: list[tuple[str, list[str]]], interface: str
+    folder: Path, port: int, settings: list[str], places: list[tuple[str, int | None]], interface: str
 ) -> list[tuple[int, str, str]]:
-    """Two agents, each at an address, where its prefix puts it, in a folder of its own: hosts that share no disk."""
+    """Two agents, each at an address, beside a process, in a folder of its own: hosts that share no disk."""
     started = []
-    for node, (address, prefix) in enumerate(places):
+    for node, (address, beside) in enumerate(places):
         where = [f"--rdzv-endpoint={places[0][0]}:{port}", f"--local-addr={address}"]
         own = folder / f"node{node}"
         own.mkdir()
-        started.append(
-            subprocess.Popen(
-                [*prefix, sys.executable, *AGENT, *where, RUN, *TINY, *settings],
-                cwd=own,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": interface},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": interface}
+        started.append(Command([*AGENT, *where, RUN, *TINY, *settings], own, environment, beside=beside))
     try:
-        ended = [(agent, *agent.communicate(timeout=100)) for agent in started]
+        told = [agent.communicate(timeout=100) for agent in started]
     finally:
         for agent in started:
             agent.kill()
-            agent.wait()
-    return [(agent.returncode, out, err) for agent, out, err in ended]
+    return [(agent.wait(), *words) for agent, words in zip(started, told, strict=True)]
 
 
 def recorded_once(folder: Path) -> list[dict[str, Any]]:
@@ -73,7 +65,7 @@ def free_port() -> int:
 
 
 def test_two_agents_on_one_host(tmp_path: Path) -> None:
-    places: list[tuple[str, list[str]]] = [("127.0.0.1", []), ("127.0.0.1", [])]
+    places: list[tuple[str, int | None]] = [("127.0.0.1", None), ("127.0.0.1", None)]
     ended = agents(tmp_path, free_port(), ["link.kind=native", "link.gbps=null"], places, "lo")
     assert [status for status, _, _ in ended] == [0, 0], ended
     assert sum(out.count("records.jsonl") for _, out, _ in ended) == 1, "one of them says what it wrote"
@@ -90,7 +82,7 @@ def ip(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def namespaces() -> Iterator[tuple[str, str]]:
+def cards() -> Iterator[tuple[str, str]]:
     """Two network namespaces joined by a pair of virtual Ethernet cards, each sending `MBIT` at most."""
     if not (shutil.which("ip") and shutil.which("tc") and os.geteuid() == 0):
         pytest.skip("network namespaces need root, ip and tc")
@@ -114,18 +106,19 @@ def namespaces() -> Iterator[tuple[str, str]]:
             ip("netns", "del", name)
 
 
-def test_two_network_namespaces_with_a_slow_link(tmp_path: Path, namespaces: tuple[str, str]) -> None:
+def test_two_network_namespaces_with_a_slow_link(tmp_path: Path, cards: tuple[str, str]) -> None:
     """A run whole over a link that is not this host's own, and as slow as that link: the exchange really took it."""
     (tmp_path / "resolv.conf").touch()  # no name server: one that nobody can reach costs seconds a question
-    places = []
-    for node, name in enumerate(namespaces):
-        address, hosts = f"10.213.7.{node + 1}", tmp_path / f"hosts{node}"
-        hosts.write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
-        # `ip netns exec` has made a mount namespace of its own.
-        script = f'mount --bind {hosts} /etc/hosts; mount --bind {tmp_path}/resolv.conf /etc/resolv.conf; exec "$@"'
-        places.append((address, ["ip", "netns", "exec", name, "sh", "-c", script, "sh"]))
-    settings = ["link.kind=native", "link.gbps=null", "workload.tokens_per_frame=512"]
-    ended = agents(tmp_path, 29555, settings, places, "card")
+    places: list[tuple[str, int | None]] = []
+    with ExitStack() as hosts:
+        for node, card in enumerate(cards):
+            address, known = f"10.213.7.{node + 1}", tmp_path / f"hosts{node}"
+            known.write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
+            # `ip netns exec` has made a mount namespace of its own.
+            script = f"mount --bind {known} /etc/hosts && mount --bind {tmp_path}/resolv.conf /etc/resolv.conf"
+            places.append((address, hosts.enter_context(namespaces(["ip", "netns", "exec", card], script))))
+        settings = ["link.kind=native", "link.gbps=null", "workload.tokens_per_frame=512"]
+        ended = agents(tmp_path, 29555, settings, places, "card")
     assert [status for status, _, _ in ended] == [0, 0], ended
     records = recorded_once(tmp_path)
     for record in records:

@@ -8,7 +8,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 
 import tiny
+from forks import Command
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.load import environment as read_environment
 from hcms_lab.ground.records import Record, RecordFile, case_of
@@ -135,19 +135,13 @@ def test_kills_while_records_are_replaced(tmp_path: Path) -> None:
 @pytest.mark.timeout(400)
 def test_kills_of_the_whole_command(tmp_path: Path) -> None:
     """Everything dies at once, as when a machine goes down; the same command goes on under the run's name."""
-    command = [sys.executable, str(tiny.EXPERIMENTS / "run.py"), "+exp=fig3", *tiny.SETTINGS, *LINES]
+    command = [str(tiny.EXPERIMENTS / "run.py"), "+exp=fig3", *tiny.SETTINGS, *LINES]
     runs, draw = tmp_path / "outputs" / "fig3", random.Random(1)
     seen: list[dict[str, Any]] = []
     for segment, lines in enumerate((1, 5), start=1):
         resume = [f"resume={(runs / 'unfinished').relative_to(tmp_path)}"] if (runs / "unfinished").exists() else []
-        process = subprocess.Popen(
-            [*command, *resume],
-            cwd=tmp_path,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        process = Command([*command, *resume], tmp_path, environment, own_session=True)
         while process.poll() is None and (segments(runs) < segment or len(records_so_far(runs)) < lines):
             sleep(0.02)
         sleep(draw.uniform(0, 0.2))
@@ -158,7 +152,7 @@ def test_kills_of_the_whole_command(tmp_path: Path) -> None:
         assert found[: len(seen)] == seen
         seen = found[: len(found) - len(found) % 3]
     resume = "resume=outputs/fig3/unfinished" if (runs / "unfinished").exists() else "resume=outputs/fig3/latest"
-    done = tiny.command(tmp_path, *command[1:], resume)
+    done = tiny.command(tmp_path, *command, resume)
     assert done.returncode == 0, done.stderr
     found = records_so_far(runs)
     assert [(r["frames"], r["method"]) for r in found] == [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 import tiny as tiny_run
+from forks import Command
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.records import RecordFile
 from hcms_lab.measure.wan.random_folder import write_random
@@ -106,14 +105,14 @@ def test_two_lines_in_a_script_give_the_same_frames(tmp_path):
     assert [line for line in code[0] if line not in code[1]] == []
     size = ["--frames", "9", "--height", "32", "--width", "48", "--steps", "2", "--weights", str(weights)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     videos, runs = {}, {}
-    for name, command, script in (("before", [sys.executable], before), ("after", torchrun, after)):
-        line = [*command, str(script), *size, "--output", str(tmp_path / f"{name}.mp4")]
-        runs[name] = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for name, launcher, script in (("before", [], before), ("after", torchrun, after)):
+        line = [*launcher, str(script), *size, "--output", str(tmp_path / f"{name}.mp4")]
+        runs[name] = Command(line, tmp_path, environment)
     for name, process in runs.items():
-        said, _ = process.communicate(timeout=100)
-        assert process.returncode == 0, said.decode()[-3000:]
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 0, (out + err)[-3000:]
         videos[name] = (tmp_path / f"{name}.mp4").read_bytes()
     assert len(videos["before"]) > 1000
     assert videos["after"] == videos["before"]

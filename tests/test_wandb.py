@@ -231,10 +231,11 @@ def test_nothing_private_reaches_wandb(tmp_path: Path) -> None:
 
 def test_predictions_are_called_so(tmp_path: Path) -> None:
     """Through the real command: a run of the catalogue's GPUs is no measurement."""
-    command = [str(EXPERIMENTS / "run.py"), "+exp=fig6", "latent_frames=9", "wandb.mode=offline"]
+    clip = ("gpu=l40s", "ranks=4", "frames=33")
+    command = [str(EXPERIMENTS / "run.py"), "+exp=table4", *clip, "wandb.mode=offline"]
     done = python(command, tmp_path, outside())
     assert done.returncode == 0, done.stderr
-    (start,) = [line["run"] for line in log_of(tmp_path / "outputs" / "fig6" / "latest") if line["type"] == "run"]
+    (start,) = [line["run"] for line in log_of(tmp_path / "outputs" / "table4" / "latest") if line["type"] == "run"]
     assert (start["job_type"], start["config"]["update"]["source"]) == ("predicted", "predicted")
     assert "predicted" in start["tags"]
 

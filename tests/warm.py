@@ -12,6 +12,7 @@ fork's process id, then its exit status. It ends with its own standard input, so
 from __future__ import annotations
 
 import atexit
+import ctypes
 import fcntl
 import gc
 import json
@@ -72,8 +73,19 @@ def preload() -> None:
     gc.freeze()  # a collection in a fork would copy every page that it looks at
 
 
+def join_namespaces(pid: int) -> None:
+    """Have the mounts and the network of that process, as all that is started from here will."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for name in ("net", "mnt"):
+        with open(f"/proc/{pid}/ns/{name}") as namespace:
+            if libc.setns(namespace.fileno(), 0) != 0:
+                raise OSError(ctypes.get_errno(), f"the {name} namespace of process {pid} cannot be joined")
+
+
 def be_told(order: dict[str, Any], files: list[int]) -> None:
-    """Take on the order's place: its folder, its environment, its session, its files by their numbers."""
+    """Take on the order's place: its namespaces, folder, environment, session, and its files by their numbers."""
+    if "beside" in order:
+        join_namespaces(order["beside"])
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from hcms.kernels import Kernel, rows_stand_alone
 from hcms.schedule.schedule import Schedule
@@ -23,23 +22,30 @@ def refuse_uneven_bits(
     Raises:
         ValueError: it would.
     """
-    L, P, H = shape.local_tokens, ranks, shape.head_dim
-    generator = torch.Generator(device).manual_seed(0)
     for m, parts in set(zip(schedule.cut, schedule.parts, strict=True)):
-        if parts == 1 or parts > L:
+        if parts == 1 or parts > shape.local_tokens:
             continue
-        size = (shape.batch, P * L, m, H)
-        token = torch.arange(P * L, device=device) % L  # a token's place among its rank's
-        rows = [((L * i // parts <= token) & (token < L * (i + 1) // parts)).nonzero()[:, 0] for i in range(parts)]
-
-        def drawn(size: tuple[int, ...] = size) -> Iterator[Tensor]:
-            for _ in "qkv":
-                yield torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
-
-        # A rounding that differs shows in few elements of half precision: small layers are drawn more often.
-        draws = max(1, _ELEMENTS_TRIED // math.prod(size))
-        if not all(rows_stand_alone(kernel, list(drawn()), rows) for _ in range(draws)):
+        tokens = ranks * shape.local_tokens
+        if not _keeps_bits(kernel, (shape.batch, tokens, m, shape.head_dim), shape.local_tokens, parts, dtype, device):
             raise ValueError(
                 f"kernel {kernel.name!r} rounds rows of a chunk of {m} heads otherwise in {parts} parts than "
-                f"in one, at {P * L} tokens: results would not be Ulysses' bit for bit; choose a cut without parts"
+                f"in one, at {tokens} tokens: results would not be Ulysses' bit for bit; choose a cut without parts"
             )
+
+
+@lru_cache(maxsize=1024)  # a process asks again for every object, cut and method of one layer
+def _keeps_bits(
+    kernel: Kernel, size_BSmH: tuple[int, int, int, int], L: int, parts: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether L tokens a rank, split into parts, give a chunk of this size the bits that it has whole."""
+    generator = torch.Generator(device).manual_seed(0)
+    token = torch.arange(size_BSmH[1], device=device) % L  # a token's place among its rank's
+    rows = [((L * i // parts <= token) & (token < L * (i + 1) // parts)).nonzero()[:, 0] for i in range(parts)]
+
+    def drawn() -> list[torch.Tensor]:
+        options = {"generator": generator, "device": device, "dtype": torch.float32}
+        return [torch.randn(size_BSmH, **options).to(dtype) for _ in "qkv"]
+
+    # A rounding that differs shows in few elements of half precision: small layers are drawn more often.
+    draws = max(1, _ELEMENTS_TRIED // math.prod(size_BSmH))
+    return all(rows_stand_alone(kernel, drawn(), rows) for _ in range(draws))

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hcms_lab.ground.checks import one_of
@@ -25,9 +25,14 @@ COMPOSING = (HydraException, OmegaConfBaseException)
 RENAMED = {"frames": ("latent_frames", "frames counts video frames, which only experiments of whole clips have")}
 
 
+_KINDS: dict[str, type[BaseConfig]] = {}  # those that Hydra knows
+
+
 def add_kind(kind: str, settings: type[BaseConfig]) -> None:
     """Let `- /kind: <kind>` in an experiment's defaults stand for these settings."""
-    ConfigStore.instance().store(kind, settings, group="kind", package="_global_")
+    if _KINDS.get(kind) is not settings:
+        ConfigStore.instance().store(kind, settings, group="kind", package="_global_")
+        _KINDS[kind] = settings
 
 
 def composed(conf: Path, overrides: list[str], schema: type[BaseConfig]) -> BaseConfig:
@@ -42,7 +47,7 @@ def composed(conf: Path, overrides: list[str], schema: type[BaseConfig]) -> Base
         with initialize_config_dir(str(conf), version_base="1.3"):
             found = compose("config", overrides)
             # A `+` in front goes past the schema, and `~kind` leaves none.
-            if unknown := set(_names(found, OmegaConf.structured(schema))) - set(settings(schema)):
+            if unknown := set(_names(found, _typed(schema))) - set(settings(schema)):
                 raise UsageError(no_such_setting(min(unknown), schema))
             cfg = OmegaConf.to_object(found)
     except COMPOSING as error:
@@ -99,8 +104,13 @@ def no_such_setting(name: str, schema: type[BaseConfig]) -> str:
 @cache
 def settings(schema: type[BaseConfig]) -> tuple[str, ...]:
     """The dotted names of all settings of a kind."""
-    typed = OmegaConf.structured(schema)
-    return tuple(_names(typed, typed))
+    return tuple(_names(_typed(schema), _typed(schema)))
+
+
+@cache
+def _typed(schema: type[BaseConfig]) -> DictConfig:
+    """All settings of a kind at their defaults, to be read only."""
+    return OmegaConf.structured(schema)
 
 
 def _names(node: Any, typed: Any, prefix: str = "") -> list[str]:

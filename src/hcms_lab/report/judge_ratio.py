@@ -38,6 +38,7 @@ from hcms_lab.report.stats import (
     pick,
     point_columns,
     rank_correlation,
+    rank_correlations,
     ratio_of_medians,
 )
 from hcms_lab.report.words import gain, percent
@@ -155,7 +156,7 @@ def correlation_of_gains(points: pd.DataFrame) -> Interval:
         return Interval(value, float("nan"), float("nan"), len(x))
     spread = (points["speedup_high"] - points["speedup_low"]).to_numpy(float) / (2 * Z_95)
     drawn = np.random.default_rng(0).normal(y, np.nan_to_num(spread), size=(RESAMPLES, len(y)))
-    low, high = np.percentile([rank_correlation(x, redrawn) for redrawn in drawn], [2.5, 97.5])
+    low, high = np.percentile(rank_correlations(x, drawn), [2.5, 97.5])
     return Interval(value, float(low), float(high), len(x))
 
 

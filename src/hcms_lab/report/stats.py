@@ -43,30 +43,50 @@ def ratio_of_medians(base_ms: ArrayLike, ours_ms: ArrayLike) -> Interval:
 
 @lru_cache(maxsize=4096)  # the same cases are asked for by figure, table and verdict
 def _ratio_of_medians(base: tuple[float, ...], ours: tuple[float, ...]) -> Interval:
-    from scipy.stats import bootstrap
-
     n = len(base)
     value = float(np.median(base) / np.median(ours))
-    if n < 2:
+    if n < 2 or np.isnan(value):
         return Interval(value, float("nan"), float("nan"), n)
+    rounds = _resampled_rounds(n, RESAMPLES)
+    drawn = np.sort(_medians(np.array(base)[rounds]) / _medians(np.array(ours)[rounds]))
+    low, high = (_percentile(drawn, share) for share in ((1 - LEVEL) / 2, 1 - (1 - LEVEL) / 2))
+    return Interval(value, low, high, n)
 
-    def ratio(a: Any, b: Any, axis: int) -> Any:
-        return np.median(a, axis=axis) / np.median(b, axis=axis)
 
-    interval = bootstrap(
-        (base, ours), ratio, paired=True, method="percentile", n_resamples=RESAMPLES, confidence_level=LEVEL,
-        rng=0,
-    ).confidence_interval  # fmt: skip
-    return Interval(value, float(interval.low), float(interval.high), n)
+@lru_cache(maxsize=64)
+def _resampled_rounds(n: int, resamples: int) -> np.ndarray:
+    """`[resamples, n]`: which rounds each resample draws. The same for every pair of so many rounds."""
+    return np.random.default_rng(0).integers(0, n, (resamples, n))
+
+
+def _medians(times_ms: np.ndarray) -> np.ndarray:
+    """Of every row; `np.median` takes many times as long over a few rounds."""
+    ordered, half = np.sort(times_ms, axis=1), times_ms.shape[1] // 2
+    return ordered[:, half] if times_ms.shape[1] % 2 else (ordered[:, half - 1] + ordered[:, half]) / 2
+
+
+def _percentile(ordered: np.ndarray, share: float) -> float:
+    """As `scipy.stats.bootstrap` reads it off, to the last digit: it takes eight times as long for the same numbers."""
+    at = share * len(ordered) + (1 - share)  # counted from one
+    below = int(at // 1) - 1
+    above, weight = min(below + 1, len(ordered) - 1), at % 1
+    return float((1 - weight) * ordered[below] + weight * ordered[above])
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
     """Spearman's correlation; 0 where one of the two is flat, since a flat series has no order."""
+    return float(rank_correlations(x, np.asarray(y, dtype=float)[None])[0])
+
+
+def rank_correlations(x: ArrayLike, ys: np.ndarray) -> np.ndarray:
+    """`rank_correlation` of x with every row of `ys`: thousands are redrawn, and one by one each takes long."""
     from scipy.stats import rankdata
 
-    if np.ptp(np.asarray(x, dtype=float)) == 0 or np.ptp(np.asarray(y, dtype=float)) == 0:
-        return 0.0
-    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])  # `spearmanr` without its p-value: thousands are drawn
+    x = np.asarray(x, dtype=float)
+    middle = (len(x) + 1) / 2  # of any ranks, ties or not
+    of_x, of_ys = rankdata(x) - middle, rankdata(ys, axis=1) - middle
+    scale = np.sqrt((of_x**2).sum() * (of_ys**2).sum(axis=1))
+    return np.divide(of_ys @ of_x, scale, out=np.zeros(len(ys)), where=scale != 0)
 
 
 def point_columns(records: pd.DataFrame) -> list[str]:

@@ -46,27 +46,42 @@ def table(title: str, columns: Sequence[Column], limit: int, sections: Collectio
         sections: rows after which a line is drawn.
         look: further settings of `rich.table.Table`.
     """
-    kept = list(columns)
+    kept = [(column, None if column.wraps else _width(column)) for column in columns]
     while True:
-        shown = _table(title, kept, sections, **look)
-        dropped = [column for column in kept if column.rank is not None]
-        if Console(width=1000).measure(shown).minimum <= limit or not dropped:
-            return shown
-        kept.remove(min(dropped, key=lambda column: column.rank or 0))
+        # What does not wrap is as wide as its longest cell says: it is measured without its rows, of which some have
+        # thousands.
+        measured = _table(title, kept, sections, with_rows=any(column.wraps for column, _ in kept), **look)
+        dropped = [each for each in kept if each[0].rank is not None]
+        if Console(width=1000).measure(measured).minimum <= limit or not dropped:
+            return _table(title, kept, sections, with_rows=True, **look)
+        kept.remove(min(dropped, key=lambda each: each[0].rank or 0))
 
 
-def _table(title: str, columns: Sequence[Column], sections: Collection[int], **look: Any) -> Table:
+def _width(column: Column) -> int:
     from rich.cells import cell_len
-    from rich.table import Table
     from rich.text import Text
 
+    lines = [line for cell in (column.head, *column.cells) for line in Text.from_markup(cell).plain.splitlines()]
+    return max(map(cell_len, lines), default=0)
+
+
+def _table(
+    title: str,
+    columns: Sequence[tuple[Column, int | None]],
+    sections: Collection[int],
+    *,
+    with_rows: bool,
+    **look: Any,
+) -> Table:
+    """Columns with their widths, None for those that wrap, as a table."""
+    from rich.table import Table
+
     shown = Table(title=title, pad_edge=False, **look)
-    for column in columns:
+    for column, whole in columns:
         justify: Literal["left", "right"] = "right" if column.right else "left"
-        lines = [line for cell in (column.head, *column.cells) for line in Text.from_markup(cell).plain.splitlines()]
-        whole = None if column.wraps else max(map(cell_len, lines), default=0)
         shown.add_column(column.head, justify=justify, no_wrap=not column.wraps, min_width=whole)
-    for row, cells in enumerate(zip(*(column.cells for column in columns), strict=True)):
+    rows = zip(*(column.cells for column, _ in columns), strict=True) if with_rows else ()
+    for row, cells in enumerate(rows):
         shown.add_row(*cells, end_section=row in sections)
     return shown
 

@@ -24,6 +24,7 @@ GIB = 2**30
 RESERVE = 1.0 * GIB  # CUDA's context, communicators, cuBLAS workspaces
 MAX_RANKS = 16
 DECODED_FRAMES = 31  # latent frames that are decoded on the meta device, 121 video frames; more would take long
+_DECODE_BYTES: dict[tuple[str, ClipShape, bool], float] = {}  # of a VAE's arguments, a clip, and whether in tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,10 @@ def rank_counts(
     vae = vae_on_meta(model)
     expert_bytes, block_bytes = _bytes(expert), _bytes(expert.get_submodule("blocks.0"))
     text_bytes, vae_bytes = _bytes(text_encoder_on_meta(model)), _bytes(vae)
-    decode_bytes = _decode_bytes(vae, clip, vae_tiling)
+    decoding = (repr(model.vae), clip, vae_tiling)
+    if decoding not in _DECODE_BYTES:  # a command asks twice, and decoding on meta takes seconds
+        _DECODE_BYTES[decoding] = _decode_bytes(vae, clip, vae_tiling)
+    decode_bytes = _DECODE_BYTES[decoding]
     found = []
     for ranks in divisors(heads):
         if ranks > MAX_RANKS or clip.tokens % ranks:
