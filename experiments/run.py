@@ -13,12 +13,23 @@ records.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+
+if __name__ == "__main__":  # until `stoppable` says it in more words: imports take a second
+
+    def stopped_early(signum: int, frame: object) -> NoReturn:
+        print("error: stopped (SIGINT)", file=sys.stderr)
+        os._exit(128 + signum)
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, stopped_early)
+
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from shutil import disk_usage
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from textwrap import shorten
 from types import ModuleType
 from typing import Any, NoReturn
@@ -33,8 +44,9 @@ from hcms.methods import METHODS
 from hcms_lab.ground import compose
 from hcms_lab.ground.checks import one_of, plain_name
 from hcms_lab.ground.config import AXES, WANDB_MODES, BaseConfig
-from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.errors import UsageError, one_line
 from hcms_lab.ground.experiments import Experiment, experiment, experiments, names
+from hcms_lab.ground.streams import make_usable
 from hcms_lab.measure.cases import device_of
 from hcms_lab.measure.stop import Stopped, stoppable
 
@@ -168,10 +180,11 @@ def check(module: ModuleType, cfg: BaseConfig, exp: str) -> None:
     try:
         if not cfg.output or not cfg.output.isprintable():
             raise OSError("a name of no or of unprintable characters")
-        Path(cfg.output).mkdir(parents=True, exist_ok=True)
-        if not os.access(cfg.output, os.W_OK):
-            raise PermissionError("it may not be written")
-        if disk_usage(cfg.output).free < ROOM_BYTES:
+        runs = Path(cfg.output) / cfg.name
+        runs.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=runs):  # what access() says of root is not what a read-only disk says
+            pass
+        if disk_usage(runs).free < ROOM_BYTES:
             raise OSError("the disk is full")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
@@ -201,8 +214,8 @@ def with_gpus(overrides: list[str]) -> list[str]:
 
 
 def refuse(error: UsageError) -> NoReturn:
-    """End with one line, whatever characters a setting had in it."""
-    print("error:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error)), file=sys.stderr)
+    """End with one line."""
+    print(one_line(error), file=sys.stderr)
     sys.exit(2)
 
 
@@ -309,6 +322,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    make_usable()
     try:
         with stoppable():
             main(sys.argv[1:])

@@ -150,7 +150,7 @@ def test_good_input_is_accepted(run: ModuleType, tmp_path: Path) -> None:
         run.main(
             ["+exp=fig3", "cuts=[1-3-1,even:5,tapered:3,auto]", "latent_frames=9", "ranks=2", "link.ratio=[0.1,lowest]"]
         )
-    assert [p.name for p in tmp_path.rglob("*")] == ["outputs"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["outputs", "fig3"]
 
 
 def test_a_check_starts_nothing(run: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -123,3 +124,15 @@ def test_a_reader_that_has_seen_enough() -> None:
     )
     assert done.stdout.startswith("C1  ")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("how", "encoding", "printed"), [(">&-", "utf-8", ""), ("", "ascii", "rho: ?\n"), ("", "utf-8", "rho: ρ\n")]
+)
+def test_no_stream_ends_a_run(how: str, encoding: str, printed: str) -> None:
+    """One that is closed goes nowhere, in children too, and what an encoding lacks is replaced."""
+    code = "from hcms_lab.ground.streams import make_usable as m; m(); import os; print('rho: ρ'); os.system('echo -n')"
+    shell = f'"{sys.executable}" -c "{code}" {how}'
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(["sh", "-c", shell], env=env, capture_output=True, check=True)
+    assert (done.stdout.decode(), done.stderr) == (printed, b"")

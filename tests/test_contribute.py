@@ -71,6 +71,18 @@ def test_variant_of_one_machine_has_its_own_place_and_name(tmp_path: Path) -> No
         place(folder, tmp_path, variant="a/b")
 
 
+def test_a_record_twice_and_a_segment_of_other_code_are_problems(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    with (folder / "records.jsonl").open("r+") as file:
+        line = file.readline()
+        file.seek(0, 2)
+        file.write(line)
+    change_env(folder, lambda env: env.update(segments=[{"dirty": False}, {"dirty": True}]))
+    found = " ".join(problems(folder))
+    assert "1 records are of a case that has one already" in found
+    assert "differs from its commit" in found
+
+
 def test_a_run_that_is_smaller_is_a_variant(tmp_path: Path) -> None:
     make_run(tmp_path, committed=True, cuts=("1-3-1", "2-3"))
     target = tmp_path / "paper_tables" / "records" / "cpu-made-up" / "fig3"

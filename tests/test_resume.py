@@ -8,9 +8,12 @@ import random
 import re
 import signal
 import socket
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter, sleep
@@ -180,8 +183,9 @@ def earlier(cfg: Any, tmp_path: Path) -> Path:
     folder = tmp_path / "outputs" / "fig3" / "2026-01-02_03-04-05"
     folder.mkdir(parents=True)
     (folder / "config.resolved.yaml").write_text(settings_text(cfg))
-    (folder / "env.json").write_text(json.dumps(facts_of(cfg)))
-    RecordFile(folder / "records.jsonl").append([record(960)])
+    env = facts_of(cfg)
+    (folder / "env.json").write_text(json.dumps(env))
+    RecordFile(folder / "records.jsonl").append([replace(record(960), hardware=env["hardware"]["slug"])])
     return folder
 
 
@@ -238,6 +242,40 @@ def test_other_code_or_another_machine_does_not(cfg: Any, earlier: Path, change:
         check_resume(replace(cfg, resume=str(earlier)))
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "1 of its records are of a case that has one already"),
+        ({"exp": "fig4", "seed": 1}, "a record there has exp fig4, not fig3"),
+        ({"hardware": "gpu-x", "seed": 1}, "a record there has hardware gpu-x, not"),
+        ({"schema": 99, "seed": 1}, "a record there has schema 99, not 1"),
+    ],
+)
+def test_other_records_do_not(cfg: Any, earlier: Path, change: dict[str, Any], message: str) -> None:
+    with (earlier / "records.jsonl").open("r+") as file:
+        row = json.loads(file.readline())
+        file.seek(0, 2)
+        file.write(json.dumps({**row, **change}) + "\n")
+    with pytest.raises(UsageError, match=message):
+        check_resume(replace(cfg, resume=str(earlier)))
+
+
+def test_a_new_file_of_code_is_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that no commit has may stand in for one that it has."""
+    environment = import_module("hcms_lab.measure.environment")
+    (tmp_path / "src").mkdir()
+    git = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
+    git(["git", "init", "-q"])
+    git(["git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "--allow-empty", "-m", "x"])
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "src" / "environment.py"))
+    assert environment._uncommitted() is None
+    (tmp_path / "src" / "zero.py").write_text("1")
+    first = environment._uncommitted()
+    (tmp_path / "src" / "zero.py").write_text("2")
+    assert first
+    assert environment._uncommitted() not in (first, None)
 
 
 def test_records_that_nothing_explains_do_not(cfg: Any, earlier: Path) -> None:

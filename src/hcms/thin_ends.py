@@ -26,7 +26,8 @@ def refuse_uneven_bits(
         if parts == 1 or parts > shape.local_tokens:
             continue
         tokens = ranks * shape.local_tokens
-        if not _keeps_bits(kernel, (shape.batch, tokens, m, shape.head_dim), shape.local_tokens, parts, dtype, device):
+        size_BSmH = (shape.batch, tokens, m, shape.head_dim)
+        if not _keeps_bits(kernel, size_BSmH, shape.local_tokens, parts, dtype, device, _what_a_kernel_goes_by()):
             raise ValueError(
                 f"kernel {kernel.name!r} rounds rows of a chunk of {m} heads otherwise in {parts} parts than "
                 f"in one, at {tokens} tokens: results would not be Ulysses' bit for bit; choose a cut without parts"
@@ -35,7 +36,13 @@ def refuse_uneven_bits(
 
 @lru_cache(maxsize=1024)  # a process asks again for every object, cut and method of one layer
 def _keeps_bits(
-    kernel: Kernel, size_BSmH: tuple[int, int, int, int], L: int, parts: int, dtype: torch.dtype, device: torch.device
+    kernel: Kernel,
+    size_BSmH: tuple[int, int, int, int],
+    L: int,
+    parts: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    goes_by: tuple[int, ...],  # part of the question, so that a change of it is a new one
 ) -> bool:
     """Whether L tokens a rank, split into parts, give a chunk of this size the bits that it has whole."""
     generator = torch.Generator(device).manual_seed(0)
@@ -49,3 +56,10 @@ def _keeps_bits(
     # A rounding that differs shows in few elements of half precision: small layers are drawn more often.
     draws = max(1, _ELEMENTS_TRIED // math.prod(size_BSmH))
     return all(rows_stand_alone(kernel, drawn(), rows) for _ in range(draws))
+
+
+def _what_a_kernel_goes_by() -> tuple[int, ...]:
+    """What else may change the kernel that runs, or how it rounds, within a process."""
+    sdp = torch.backends.cuda
+    able = (sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled(), sdp.math_sdp_enabled(), sdp.cudnn_sdp_enabled())
+    return (*able, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())

@@ -8,8 +8,9 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-from hcms_lab.ground.errors import UsageError
+from hcms_lab.ground.errors import UsageError, one_line
 from hcms_lab.ground.paths import ROOT
+from hcms_lab.ground.streams import make_usable
 
 # In the order in which they are listed; each is a module of `commands` (with _ for -), imported only when it is called.
 COMMANDS = {
@@ -36,11 +37,15 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status. Bad input is one line and status 2."""
+    make_usable()
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: stopped (SIGINT)", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is there anyone for what is buffered
         return 0

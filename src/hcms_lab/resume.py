@@ -15,6 +15,7 @@ from hcms_lab.ground.checks import is_folder
 from hcms_lab.ground.config import BaseConfig, Config
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.paths import ROOT
+from hcms_lab.ground.records import SCHEMA, read_rows, repeated
 from hcms_lab.measure.cases import device_of, link_of
 from hcms_lab.measure.environment import environment
 
@@ -54,6 +55,12 @@ def check_resume(cfg: BaseConfig) -> None:
         raise UsageError(
             f"{given}: {name} was {their} there and is {mine} here; give {name}={their}, or start a new run"
         )
+    rows = read_rows(folder / "records.jsonl")
+    if count := repeated(rows):
+        raise UsageError(f"{given}: {count} of its records are of a case that has one already; start a new run")
+    for name, told in (("schema", SCHEMA), ("exp", cfg.name), ("hardware", here.slug)):
+        if others := {row.get(name) for row in rows if row.get("source") == "measured"} - {told}:
+            raise UsageError(f"{given}: a record there has {name} {others.pop()}, not {told}; start a new run")
     my_env = facts_of(cfg)
     kept = {key: their_env.get(key) for key in _SAME}
     for name, their, mine in _differences(kept, {key: my_env.get(key) for key in _SAME}):

@@ -237,7 +237,7 @@ def load(path: Path | str, **wanted: Any) -> Profile:
         raise ValueError(f"{path}: no such profile; python experiments/run.py +exp=calibrate writes one")
     try:
         plain = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError):
         plain = None
     if not isinstance(plain, dict):
         raise ValueError(f"{path}: not a profile: it holds no YAML mapping")

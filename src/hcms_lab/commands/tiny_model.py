@@ -8,6 +8,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from hcms_lab.ground.errors import UsageError
+
 
 def options(parser: ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="where to write; must be empty or not there yet")
@@ -18,5 +20,8 @@ def options(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     from hcms_lab.measure.wan.random_folder import write_random
 
-    print(f"wrote {write_random(arguments.folder, arguments.model, arguments.seed)}")
+    try:
+        print(f"wrote {write_random(arguments.folder, arguments.model, arguments.seed)}")
+    except OSError as error:
+        raise UsageError(f"{arguments.folder}: no folder to write to ({error.strerror}); give one") from None
     return 0

@@ -8,3 +8,8 @@ STORAGE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno
 
 class UsageError(ValueError):
     """Input that a user can mend: one line saying what, where and what would do. Exit status 2."""
+
+
+def one_line(error: UsageError) -> str:
+    """What is printed of it: a line, whatever characters the input had."""
+    return "error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))

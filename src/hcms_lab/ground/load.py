@@ -130,6 +130,8 @@ def config(path: Path | str) -> dict[str, Any]:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
             raise UsageError(f"{file} holds YAML aliases, which no run of ours writes: not read")
         found = _mapping(yaml.safe_load(content), file)
+    except RecursionError:
+        raise UsageError(f"{file} nests too deep: mend or remove it") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UsageError(f"{file}{f':{mark.line + 1}' if mark else ''} is not YAML: mend or remove it") from None

@@ -101,6 +101,12 @@ def case_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(plan(row.get(name)) if name == "cut" else row.get(name) for name in CASE)
 
 
+def repeated(rows: Iterable[Mapping[str, Any]]) -> int:
+    """How many records are of a case that an earlier one is of."""
+    cases = [case_of(row) for row in rows]
+    return len(cases) - len(set(cases))
+
+
 def derived_gbps(found: list[dict[str, Any]], ranks: int) -> dict[float, float]:
     """The bandwidth that each link ratio came to on so many ranks, for the run that goes on from these records."""
     return {
@@ -114,12 +120,15 @@ def read_bounded(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
     """A file's content, which others may have written: nothing larger than `limit` is read.
 
     Raises:
-        UsageError: it is larger, or no file but a folder, a pipe or a device.
+        UsageError: it is larger, cannot be read, or is no file but a folder, a pipe or a device.
     """
     if not S_ISREG(path.stat().st_mode):  # a pipe would be waited for
         raise UsageError(f"{path} is no regular file: mend or remove it")
-    with path.open("rb") as file:
-        content = file.read(limit + 1)
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): mend or remove it") from None
     if len(content) > limit:
         raise UsageError(f"{path} has more than {limit / 2**20:g} MiB, which no run of ours writes: not read")
     return content

@@ -55,6 +55,14 @@ def _git(*args: str) -> str | None:
     return done.stdout.strip()
 
 
+def _uncommitted() -> str | None:
+    """What tells this code from its commit's: the changes of files that it has, and whole files that it has not."""
+    code = (":/src", ":/experiments", ":/conf")
+    changed, new = _git("diff", "HEAD", "--", *code), _git("ls-files", "--others", "--exclude-standard", "--", *code)
+    added = _git("hash-object", "--", *new.splitlines()) if new else None
+    return "\n".join(filter(None, [changed, new, added])) or None
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
@@ -70,7 +78,7 @@ def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
     # A copy of the tree on a machine that gets only files is told its commit; a history that it lies in is another's.
     told = os.environ.get("HCMS_COMMIT")
     status = None if told else _git("status", "--porcelain")
-    changes = None if told else _git("diff", "HEAD", "--", ":/src", ":/experiments", ":/conf")
+    changes = None if told else _uncommitted()
     variables = {**_variables_of(link), **os.environ} if device == "cuda" else os.environ
     facts: dict[str, Any] = {
         "commit": told or _git("rev-parse", "HEAD"),

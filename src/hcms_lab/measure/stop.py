@@ -39,7 +39,8 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         for each, earlier in before.items():
-            signal.signal(each, earlier)
+            if signal.getsignal(each) is not _nothing:  # else this process is ending, and another must not cut it short
+                signal.signal(each, earlier)
 
 
 # While a step must not be cut in two, the first signal is kept here: another thread may take what this one has blocked.
@@ -51,8 +52,12 @@ def _stop(signum: int, frame: object = None) -> None:
         _held[0] = _held[0] or signum
         return
     for each in _ENDING:
-        signal.signal(each, signal.SIG_IGN)
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            signal.signal(each, _nothing)  # a signal on its way to a handler that is then gone would be a traceback
     raise Stopped(signum)
+
+
+def _nothing(signum: int, frame: object) -> None: ...
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.load import config, environment, plan, records, reduced
 from hcms_lab.ground.paths import ROOT, inside
 from hcms_lab.ground.private import words
-from hcms_lab.ground.records import parsed, read_bounded, read_rows
+from hcms_lab.ground.records import parsed, read_bounded, read_rows, repeated
 from hcms_lab.report.cut_off import holes, unanswered
 
 FILES = ("records.jsonl", "env.json", "config.resolved.yaml")
@@ -49,9 +49,15 @@ def problems(folder: Path) -> list[str]:
             *_incomplete(table, config(folder)),
             *_wrong(table, env, config(folder)),
             *_private(folder, env),
+            *_repeated(folder, config(folder)),
         ]
     except UsageError as error:  # a file that cannot be read as what it should be
         return [str(error)]
+
+
+def _repeated(folder: Path, cfg: Mapping[str, Any]) -> Iterator[str]:
+    if cfg.get("kind") not in GATHERING and (count := repeated(read_rows(folder / "records.jsonl"))):
+        yield f"{count} records are of a case that has one already: leave one of each"
 
 
 def check_variant(variant: str | None) -> None:
@@ -139,7 +145,7 @@ def _environment(env: Mapping[str, Any]) -> Iterator[str]:
             yield f"env.json has no hardware.{key}"
     if not _SLUG.fullmatch(str(hardware.get("slug", ""))):
         yield f"hardware.slug {hardware.get('slug')!r} is not lower-case letters, digits and hyphens"
-    if env.get("dirty"):
+    if any(segment.get("dirty") for segment in (env, *(env.get("segments") or []))):
         yield "the run's code differs from its commit (dirty): commit the changes, then run again"
     if env.get("commit") is not None and not _COMMIT.fullmatch(str(env["commit"])):
         yield f"commit {env['commit']!r} is not a full commit hash"

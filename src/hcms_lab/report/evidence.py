@@ -152,8 +152,11 @@ def by_place(tables: Iterable[pd.DataFrame]) -> list[pd.DataFrame]:
 
 
 def place(cases: pd.DataFrame) -> str:
-    """Where, on how many ranks, over which link at which measured ratio; `cases` as `by_place` gives them."""
-    ratios = cases["comm_ratio"].dropna()
+    """Where, on how many ranks, over which link at which ratio: the `ratio` that was judged by, or the measured one.
+
+    `cases` are as `by_place` gives them.
+    """
+    ratios = cases["ratio" if "ratio" in cases else "comm_ratio"].dropna()
     low, high = (f"{x:.2f}" for x in (ratios.min(), ratios.max())) if len(ratios) else ("", "")
     rho = f", ρ = {low}" + (f" to {high}" if low != high else "") if low else ""
     shared = ", ranks share cores" if (cases["ranks_per_core"].fillna(1) > 1).any() else ""
