@@ -38,6 +38,17 @@ def test_second_machine_stands_beside_the_first(tmp_path: Path) -> None:
     plt.close(figure)
 
 
+def test_many_machines_are_rows(tmp_path: Path) -> None:
+    """More than colours tell apart: each names its link and its longest sequence."""
+    runs = [make_run(tmp_path, slug=f"cpu-{name}", stamp=name) for name in ("one", "two", "three", "four")]
+    figure = compare(load(runs)).figure()
+    (panel,) = figure.axes
+    names = [tick.get_text() for tick in panel.get_yticklabels()]
+    assert names == [f"Cpu {name}: emulated link, 3,840" for name in ("One", "Two", "Three", "Four")]
+    assert panel.get_legend_handles_labels()[1] == ["HCMS", "Ring"]
+    plt.close(figure)
+
+
 def test_an_automatic_cut_is_one_row_on_every_machine(tmp_path: Path) -> None:
     runs = load([make_run(tmp_path, stamp="a"), make_run(tmp_path, slug="gpu-x", stamp="b", cuts=("2-3",))])
     for table in runs.values():

@@ -230,6 +230,8 @@ class Layer(LayerConfig, CasesConfig):
     [
         ({}, []),
         ({"latent_frames": [4]}, ["1 of 4 latent_frames"]),
+        ({"latent_frames": [1, 2, 3, 4]}, ["latent_frames up to 4 of 16"]),
+        ({"workload": WorkloadConfig("w", 8, 8, 16, 1, "float32")}, ["8 of 16 tokens_per_frame"]),
         ({"cuts": []}, []),
         ({"methods": ["ulysses"], "name": "mine", "output": "elsewhere"}, ["1 of 6 methods"]),
         (

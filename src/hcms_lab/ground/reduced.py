@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from hcms_lab.ground.config import BaseConfig
 
+SIZES = tuple(f"workload.{name}" for name in ("tokens_per_frame", "heads", "head_dim", "batch"))
 EVERY = ("each", "all")  # settings that stand for what a machine has: anything else is less
 NOT_POINTS = ("name", "kind", "about", "on_gpus", "on_link", "on_shared", "output", "resume", "wandb", "model")
 
@@ -21,10 +22,14 @@ def reductions(cfg: BaseConfig, own: BaseConfig) -> list[str]:
         there, short = taken.get(name, values), name.split(".")[-1]
         if name == "bench.iterations" and there[0] < values[0]:
             less.append(f"{there[0]} of {values[0]} rounds")
+        elif name in SIZES and there[0] < values[0]:
+            less.append(f"{there[0]} of {values[0]} {short}")
         elif values[0] in EVERY and there != values:
             less.append(f"{short} {', '.join(map(str, there))} of {values[0]}")
         elif len(there) < len(values):
             less.append(f"{len(there)} of {len(values)} {short}")
+        elif name == "latent_frames" and max(there) < max(values):
+            less.append(f"{short} up to {max(there)} of {max(values)}")
         elif name == "methods" and (absent := [m for m in _names(values) if m not in _names(there)]):
             less.append(f"no {', '.join(absent)}")
     return less

@@ -36,6 +36,7 @@ AXIS_LABELS = {
 }
 VALUES = ["latency_ms", "speedup_vs_ulysses", "chosen"]
 WRAP_AT = 56  # characters that fit a column
+FEW = 3  # machines that lines and colours tell apart; more get a row each
 
 
 @dataclass
@@ -58,18 +59,25 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
     def figure(self) -> Figure:
-        """Speedup over `ulysses`, a panel a group, a colour a machine, 95 % intervals; predictions hollow."""
+        """Speedup over `ulysses`, a panel a group, 95 % intervals; predictions hollow.
+
+        A few machines are lines along the axis, a colour each; many are rows, a colour a method.
+        """
         import matplotlib.pyplot as plt
 
         with style.use():
-            fig, axes = plt.subplots(len(self.groups), 1, squeeze=False, sharey=True)
+            fig, axes = plt.subplots(len(self.groups), 1, squeeze=False)
             colours = style.hardware_colours(self.labels)
             heights_in = []
             for ax, group in zip(axes[:, 0], self.groups, strict=True):
-                lines = _panel(ax, group, self.axis, colours)
-                heights_in.append(2.3 + 0.14 * lines)  # a panel, and its legend below it
+                if group.cases["run"].nunique() > FEW:
+                    heights_in.append(1.0 + 0.36 * _rows(ax, group, self.axis))
+                else:
+                    lines = _panel(ax, group, self.axis, colours)
+                    heights_in.append(2.3 + 0.14 * lines)  # a panel, and its legend below it
             axes[0, 0].get_gridspec().set_height_ratios(heights_in)
-            fig.set_size_inches(style.COLUMN_IN, sum(heights_in))
+            many = any(group.cases["run"].nunique() > FEW for group in self.groups)  # their names stand beside the rows
+            fig.set_size_inches(style.PAGE_IN if many else style.COLUMN_IN, sum(heights_in))
         return fig
 
     def alt(self) -> str:
@@ -211,10 +219,46 @@ def _table(part: pd.DataFrame, x: str, labels: list[str]) -> pd.DataFrame:
     return table.astype({"world_size": int, "seq_len": int}).rename(columns=names)
 
 
+def _shown(group: Group) -> pd.DataFrame:
+    """The overlapping methods' cases, and Ring's; the baseline is the line at 1."""
+    methods = (*overlapping(), "ring")
+    return group.cases[group.cases["method"].isin(methods) & group.cases["speedup_vs_ulysses"].notna()]
+
+
+def _rows(ax: Axes, group: Group, x: str) -> int:
+    """Draw one group of many machines, a row each: every method's best at the far end of the axis, and its range along
+    it; returns how many rows there are."""
+    cases = _shown(group)
+    ax.axvline(1.0, color="black", linewidth=0.8)
+    named: set[str] = set()  # in the legend
+    machines, methods = list(dict.fromkeys(cases["run"])), style.in_order(cases["method"])
+    for row, run in enumerate(machines):
+        for number, method in enumerate(methods):
+            part = cases[(cases["run"] == run) & (cases["method"] == method)]
+            if part.empty:
+                continue
+            line = part.loc[part.groupby(x)["speedup_vs_ulysses"].idxmax()].sort_values(x)
+            speedups, at = line["speedup_vs_ulysses"], row + 0.2 * (number - (len(methods) - 1) / 2)
+            colour = style.colour(str(method))
+            ax.plot([speedups.min(), speedups.max()], [at, at], color=colour, linewidth=1.0, alpha=0.5)
+            face = "white" if (part["source"] == "predicted").all() else colour
+            look: dict[str, Any] = {"color": colour, "marker": style.marker(str(method)), "linestyle": "none"}
+            ax.plot(speedups.iloc[-1], at, markerfacecolor=face, **look)
+            ax.plot([], [], label=style.label(str(method)) if method not in named else None, **look)
+            named.add(method)
+    far = cases.sort_values(x).groupby("run").last()
+    names = [f"{run}: {far['link'][run]} link, {far[x][run]:,g}" for run in machines]
+    ax.set_yticks(range(len(machines)), names)
+    ax.set_ylim(len(machines) - 0.5, -0.5)
+    ax.set_xlabel(f"speedup over Ulysses at the {AXIS_LABELS[x]} named; over all: line")
+    ax.set_title("\n".join(textwrap.wrap(group.title, WRAP_AT)))
+    ax.legend(loc="upper left", bbox_to_anchor=(0.0, -1.5 / len(machines)), ncols=len(methods), borderaxespad=0.0)
+    return len(machines)
+
+
 def _panel(ax: Axes, group: Group, x: str, colours: Mapping[str, str]) -> int:
     """Draw one group; returns how many lines its legend has."""
-    shown = (*overlapping(), "ring")  # the baseline is the line at 1
-    cases = group.cases[group.cases["method"].isin(shown) & group.cases["speedup_vs_ulysses"].notna()]
+    cases = _shown(group)
     ax.axhline(1.0, color="black", linewidth=0.8)
     single = cases[x].nunique() == 1
     for position, ((run, method), part) in enumerate(cases.groupby(["run", "method"], sort=False)):
