@@ -254,9 +254,7 @@ class SequenceParallelAttention:
         slug = hardware(device.type).slug
         profile = self._profile
         if profile is None:
-            profile = calibrate(
-                self.group, shape, dtype, device, self.kernel, hardware=slug, transport=self._transport, ring=False
-            )
+            profile = calibrate(self.group, shape, dtype, device, self.kernel, hardware=slug, transport=self._transport)
         elif not isinstance(profile, Profile):
             path = profile
             profile = given_by_first(

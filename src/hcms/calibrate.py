@@ -41,7 +41,7 @@ def calibrate(
     *,
     hardware: str,
     transport: Transport | None = None,
-    ring: bool = True,
+    ring: bool = False,
 ) -> Profile:
     """The profile of one layer shape on a group's ranks. Collective; every rank returns rank 0's profile.
 
@@ -51,7 +51,7 @@ def calibrate(
 
     Args:
         transport: what carries the exchanges; the collective one if None.
-        ring: whether what Ring Attention alone does is measured, too, where kernel and transport can.
+        ring: measure what Ring Attention alone does, too, where kernel and transport can. No automatic plan is one.
     """
     transport = transport or transports()[COLLECTIVE]
     measuring = _Measuring(group, device, shape.heads, transport)
