@@ -48,7 +48,7 @@ def test_a_short_one(tmp_path: Path) -> None:
     samples = read(folder / "samples.csv")
     assert {s.rank for s in samples} == {0, 1}
     assert samples[-1].cycle > 0
-    assert samples[-1].minute >= 0.05
+    assert [s.minute for s in samples if s.rank == 0][-1] >= 0.05, "the first rank's clock ends it"
     assert all(s.wrong == 0 and s.rss_mib > 50 and s.open_files > 3 for s in samples)
     assert (folder / "soak.png").stat().st_size > 10_000
     assert f"{samples[-1].cycle + 1} cycles on 2 ranks" in done.stdout
