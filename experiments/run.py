@@ -180,7 +180,7 @@ def check(module: ModuleType, cfg: BaseConfig, exp: str) -> None:
     try:
         if not cfg.output or not cfg.output.isprintable():
             raise OSError("a name of no or of unprintable characters")
-        runs = Path(cfg.output) / cfg.name
+        runs = Path(cfg.output) / cfg.name if cfg.resume is None else Path(cfg.resume)
         runs.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=runs):  # what access() says of root is not what a read-only disk says
             pass

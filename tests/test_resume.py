@@ -8,12 +8,9 @@ import random
 import re
 import signal
 import socket
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from functools import partial
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter, sleep
@@ -26,6 +23,7 @@ from forks import Command
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.load import environment as read_environment
 from hcms_lab.ground.records import Record, RecordFile, case_of
+from hcms_lab.measure.environment import code
 from hcms_lab.resume import add_wall, check_resume, facts_of, settings_text, with_segment
 from hcms_lab.run import _alone, _link
 
@@ -225,7 +223,7 @@ def test_other_settings_do_not(cfg: Any, earlier: Path, change: dict[str, Any], 
     ("change", "message"),
     [
         ({"commit": "f" * 40}, f"commit was {'f' * 40} there and is"),
-        ({"changes": "123456789abc"}, "changes was 123456789abc there and is"),
+        ({"code": "123456789abc"}, "code was 123456789abc there and is"),
         ({"python": "3.9.1"}, "python was 3.9.1 there"),
         ({"versions": {"torch": "2.9"}}, "versions.torch was 2.9 there"),
         ({"variables": {"NCCL_P2P_DISABLE": "1"}}, "variables.NCCL_P2P_DISABLE was 1 there and is none here"),
@@ -262,20 +260,18 @@ def test_other_records_do_not(cfg: Any, earlier: Path, change: dict[str, Any], m
         check_resume(replace(cfg, resume=str(earlier)))
 
 
-def test_a_new_file_of_code_is_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that no commit has may stand in for one that it has."""
-    environment = import_module("hcms_lab.measure.environment")
-    (tmp_path / "src").mkdir()
-    git = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True)
-    git(["git", "init", "-q"])
-    git(["git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "--allow-empty", "-m", "x"])
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "src" / "environment.py"))
-    assert environment._uncommitted() is None
-    (tmp_path / "src" / "zero.py").write_text("1")
-    first = environment._uncommitted()
-    (tmp_path / "src" / "zero.py").write_text("2")
-    assert first
-    assert environment._uncommitted() not in (first, None)
+def test_a_new_file_of_code_is_other_code(tmp_path: Path) -> None:
+    """A module that no commit has may stand in for one that it has; what a run writes is no code."""
+    (tmp_path / "src" / "hcms").mkdir(parents=True)
+    before = code(tmp_path)
+    (tmp_path / "experiments" / "outputs").mkdir(parents=True)
+    (tmp_path / "experiments" / "outputs" / "env.json").write_text("{}")
+    assert code(tmp_path) == before
+    seen = {before}
+    for name, text in (("zero.py", "1"), ("zero.py", "2"), ("één.py", "1")):
+        (tmp_path / "src" / "hcms" / name).write_text(text)
+        seen.add(code(tmp_path))
+    assert len(seen) == 4
 
 
 def test_records_that_nothing_explains_do_not(cfg: Any, earlier: Path) -> None:

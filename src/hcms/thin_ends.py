@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def _keeps_bits(
     parts: int,
     dtype: torch.dtype,
     device: torch.device,
-    goes_by: tuple[int, ...],  # part of the question, so that a change of it is a new one
+    goes_by: tuple[Any, ...],  # part of the question, so that a change of it is a new one
 ) -> bool:
     """Whether L tokens a rank, split into parts, give a chunk of this size the bits that it has whole."""
     generator = torch.Generator(device).manual_seed(0)
@@ -58,8 +59,10 @@ def _keeps_bits(
     return all(rows_stand_alone(kernel, drawn(), rows) for _ in range(draws))
 
 
-def _what_a_kernel_goes_by() -> tuple[int, ...]:
+def _what_a_kernel_goes_by() -> tuple[Any, ...]:
     """What else may change the kernel that runs, or how it rounds, within a process."""
     sdp = torch.backends.cuda
     able = (sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled(), sdp.math_sdp_enabled(), sdp.cudnn_sdp_enabled())
-    return (*able, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
+    rounds = (torch.get_float32_matmul_precision(), sdp.matmul.allow_tf32, sdp.fp16_bf16_reduction_math_sdp_allowed())
+    on_host = (torch.get_num_threads(), torch.backends.mkldnn.enabled, torch.are_deterministic_algorithms_enabled())
+    return (*able, *rounds, *on_host)

@@ -20,7 +20,7 @@ from hcms_lab.measure.cases import device_of, link_of
 from hcms_lab.measure.environment import environment
 
 _ANY = ("output", "resume", "wandb")  # settings that say nothing about a measurement
-_SAME = ("commit", "changes", "hardware", "link", "python", "versions", "variables", "cuda", "driver", "nccl")
+_SAME = ("commit", "code", "hardware", "link", "python", "versions", "variables", "cuda", "driver", "nccl")
 
 
 def folder_of(cfg: BaseConfig) -> Path:
@@ -58,7 +58,8 @@ def check_resume(cfg: BaseConfig) -> None:
     rows = read_rows(folder / "records.jsonl")
     if count := repeated(rows):
         raise UsageError(f"{given}: {count} of its records are of a case that has one already; start a new run")
-    for name, told in (("schema", SCHEMA), ("exp", cfg.name), ("hardware", here.slug)):
+    own = isinstance(cfg, Config)  # other kinds gather what was measured elsewhere
+    for name, told in (("schema", SCHEMA), ("exp", cfg.name), ("hardware", here.slug)) if own else ():
         if others := {row.get(name) for row in rows if row.get("source") == "measured"} - {told}:
             raise UsageError(f"{given}: a record there has {name} {others.pop()}, not {told}; start a new run")
     my_env = facts_of(cfg)

@@ -237,7 +237,9 @@ def load(path: Path | str, **wanted: Any) -> Profile:
         raise ValueError(f"{path}: no such profile; python experiments/run.py +exp=calibrate writes one")
     try:
         plain = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError):
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         plain = None
     if not isinstance(plain, dict):
         raise ValueError(f"{path}: not a profile: it holds no YAML mapping")

@@ -15,8 +15,9 @@ def make_usable() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
     for name, fd in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, os.fdopen(fd, "w", closefd=False))
-        elif isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, fd)  # whatever has taken that number since: nobody is to print into it
+            setattr(sys, name, os.fdopen(fd, "w", closefd=False, errors="replace"))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # as stderr does by itself

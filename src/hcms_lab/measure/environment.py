@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hcms.hardware import Hardware
+from hcms_lab.ground.paths import ROOT
 from hcms_lab.measure.one_card import NCCL, is_one_card, nccl_version
 
 VARIABLES = (
@@ -55,12 +56,13 @@ def _git(*args: str) -> str | None:
     return done.stdout.strip()
 
 
-def _uncommitted() -> str | None:
-    """What tells this code from its commit's: the changes of files that it has, and whole files that it has not."""
-    code = (":/src", ":/experiments", ":/conf")
-    changed, new = _git("diff", "HEAD", "--", *code), _git("ls-files", "--others", "--exclude-standard", "--", *code)
-    added = _git("hash-object", "--", *new.splitlines()) if new else None
-    return "\n".join(filter(None, [changed, new, added])) or None
+def code(root: Path = ROOT) -> str:
+    """What tells this code from any other, committed or not: a run goes on only with the same."""
+    files = [*(root / "src").rglob("*.py"), *(root / "src").rglob("*.yaml"), *(root / "conf").rglob("*.yaml")]
+    digest = sha256()
+    for path in sorted([*files, *(root / "experiments").glob("*.py")]):
+        digest.update(f"{path.relative_to(root)} {sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 def _versions() -> dict[str, str]:
@@ -78,7 +80,6 @@ def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
     # A copy of the tree on a machine that gets only files is told its commit; a history that it lies in is another's.
     told = os.environ.get("HCMS_COMMIT")
     status = None if told else _git("status", "--porcelain")
-    changes = None if told else _uncommitted()
     variables = {**_variables_of(link), **os.environ} if device == "cuda" else os.environ
     facts: dict[str, Any] = {
         "commit": told or _git("rev-parse", "HEAD"),
@@ -90,8 +91,7 @@ def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
             not line.startswith("?? ") or line[3:].startswith(("src/", "experiments/", "conf/"))
             for line in status.splitlines()
         ),
-        # A run goes on only with the same code, and uncommitted code has no name of its own.
-        "changes": sha256(changes.encode()).hexdigest()[:12] if changes else None,
+        "code": code(),
         "hardware": asdict(hardware),
         "link": link,
         "python": sys.version.split()[0],

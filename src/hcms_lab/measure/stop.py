@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
+_PATIENCE = 5  # signals after the first
 
 
 class Stopped(BaseException):
@@ -45,6 +46,7 @@ def stoppable() -> Iterator[None]:
 
 # While a step must not be cut in two, the first signal is kept here: another thread may take what this one has blocked.
 _held: list[int | None] = []
+_ignored: list[int] = []
 
 
 def _stop(signum: int, frame: object = None) -> None:
@@ -57,7 +59,11 @@ def _stop(signum: int, frame: object = None) -> None:
     raise Stopped(signum)
 
 
-def _nothing(signum: int, frame: object) -> None: ...
+def _nothing(signum: int, frame: object) -> None:
+    """A few that are impatient change nothing; who goes on asking wants no end in good order."""
+    _ignored.append(signum)
+    if len(_ignored) > _PATIENCE:
+        os._exit(128 + signum)
 
 
 @contextmanager

@@ -70,14 +70,14 @@ class Comparison:
             colours = style.hardware_colours(self.labels)
             heights_in = []
             for ax, group in zip(axes[:, 0], self.groups, strict=True):
-                if group.cases["run"].nunique() > FEW:
+                if _many(group):
                     heights_in.append(1.0 + 0.36 * _rows(ax, group, self.axis))
                 else:
                     lines = _panel(ax, group, self.axis, colours)
                     heights_in.append(2.3 + 0.14 * lines)  # a panel, and its legend below it
             axes[0, 0].get_gridspec().set_height_ratios(heights_in)
-            many = any(group.cases["run"].nunique() > FEW for group in self.groups)  # their names stand beside the rows
-            fig.set_size_inches(style.PAGE_IN if many else style.COLUMN_IN, sum(heights_in))
+            wide = any(map(_many, self.groups))  # machines' names stand beside their rows
+            fig.set_size_inches(style.PAGE_IN if wide else style.COLUMN_IN, sum(heights_in))
         return fig
 
     def alt(self) -> str:
@@ -225,10 +225,15 @@ def _shown(group: Group) -> pd.DataFrame:
     return group.cases[group.cases["method"].isin(methods) & group.cases["speedup_vs_ulysses"].notna()]
 
 
+def _many(group: Group) -> bool:
+    return _shown(group)["run"].nunique() > FEW
+
+
 def _rows(ax: Axes, group: Group, x: str) -> int:
     """Draw one group of many machines, a row each: every method's best at the far end of the axis, and its range along
     it; returns how many rows there are."""
-    cases = _shown(group)
+    cases = _shown(group).dropna(subset=[x])
+    far = cases.sort_values(x).groupby("run").last()
     ax.axvline(1.0, color="black", linewidth=0.8)
     named: set[str] = set()  # in the legend
     machines, methods = list(dict.fromkeys(cases["run"])), style.in_order(cases["method"])
@@ -243,10 +248,10 @@ def _rows(ax: Axes, group: Group, x: str) -> int:
             ax.plot([speedups.min(), speedups.max()], [at, at], color=colour, linewidth=1.0, alpha=0.5)
             face = "white" if (part["source"] == "predicted").all() else colour
             look: dict[str, Any] = {"color": colour, "marker": style.marker(str(method)), "linestyle": "none"}
-            ax.plot(speedups.iloc[-1], at, markerfacecolor=face, **look)
+            there = speedups[line[x] == far[x][run]]
+            ax.plot(there, [at] * len(there), markerfacecolor=face, **look)
             ax.plot([], [], label=style.label(str(method)) if method not in named else None, **look)
             named.add(method)
-    far = cases.sort_values(x).groupby("run").last()
     names = [f"{run}: {far['link'][run]} link, {far[x][run]:,g}" for run in machines]
     ax.set_yticks(range(len(machines)), names)
     ax.set_ylim(len(machines) - 0.5, -0.5)

@@ -145,7 +145,9 @@ def _environment(env: Mapping[str, Any]) -> Iterator[str]:
             yield f"env.json has no hardware.{key}"
     if not _SLUG.fullmatch(str(hardware.get("slug", ""))):
         yield f"hardware.slug {hardware.get('slug')!r} is not lower-case letters, digits and hyphens"
-    if any(segment.get("dirty") for segment in (env, *(env.get("segments") or []))):
+    segments = env.get("segments")
+    parts = [env, *(segments if isinstance(segments, list) else [])]
+    if any(isinstance(part, Mapping) and part.get("dirty") for part in parts):
         yield "the run's code differs from its commit (dirty): commit the changes, then run again"
     if env.get("commit") is not None and not _COMMIT.fullmatch(str(env["commit"])):
         yield f"commit {env['commit']!r} is not a full commit hash"
