@@ -43,13 +43,13 @@ def problems(folder: Path) -> list[str]:
     if missing:
         return [f"{name} is missing: give the folder of a whole run, such as outputs/fig3/latest" for name in missing]
     try:
-        table, env = records(folder), environment(folder)
+        table, env, cfg = records(folder), environment(folder), config(folder)
         return [
             *_environment(env),
-            *_incomplete(table, config(folder)),
-            *_wrong(table, env, config(folder)),
+            *_incomplete(table, cfg),
+            *_wrong(table, env, cfg),
             *_private(folder, env),
-            *_repeated(folder, config(folder)),
+            *_repeated(folder, cfg),
         ]
     except UsageError as error:  # a file that cannot be read as what it should be
         return [str(error)]
