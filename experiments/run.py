@@ -16,14 +16,16 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # until `stoppable` says it in more words: imports take a second
+if __name__ == "__main__":  # until `run_recorded`, which has something to end in good order; imports take seconds
 
     def stopped_early(signum: int, frame: object) -> NoReturn:
-        print("error: stopped (SIGINT)", file=sys.stderr)
-        os._exit(128 + signum)
+        os.write(2, f"error: stopped ({signal.Signals(signum).name})\n".encode())
+        os._exit(128 + signum)  # an exception here would go through imports, some of which take any for their own
 
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, stopped_early)
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # One of torchrun's ranks ends at once: it may be waiting in a collective, where no handler runs.
+        if signal.getsignal(ending) is not signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(ending, stopped_early)
 
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
@@ -44,11 +46,10 @@ from hcms.methods import METHODS
 from hcms_lab.ground import compose
 from hcms_lab.ground.checks import one_of, plain_name
 from hcms_lab.ground.config import AXES, WANDB_MODES, BaseConfig
-from hcms_lab.ground.errors import UsageError, one_line
+from hcms_lab.ground.errors import STORAGE, UsageError, one_line, storage_line
 from hcms_lab.ground.experiments import Experiment, experiment, experiments, names
-from hcms_lab.ground.streams import make_usable
+from hcms_lab.ground.streams import let_go, make_usable
 from hcms_lab.measure.cases import device_of
-from hcms_lab.measure.stop import Stopped, stoppable
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -324,8 +325,11 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     make_usable()
     try:
-        with stoppable():
-            main(sys.argv[1:])
-    except Stopped as stopped:
-        print(f"error: {stopped}", file=sys.stderr)
-        sys.exit(stopped.status)
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        let_go()
+        print(f"error: {storage_line(error)}", file=sys.stderr)
+        sys.exit(1)

@@ -24,6 +24,7 @@ LAYER = [
     ("cuts=[five]", "cuts=five", "not of the form '1-3-1', 'even:2'"),
     ("cuts=[]", r"cuts=\[\]", r"give cuts=\[even:2\]"),
     ("methods=[ulysses@even:2]", "methods=ulysses@even:2", r"takes no cut; give methods=\[ulysses\]"),
+    ("methods=[ulysses,hcms@]", "methods=hcms@", r"no cut follows the @; give methods=\[hcms@even:2\]"),
     # the sequence
     (
         "workload.tokens_per_frame=7 latent_frames=9",
@@ -77,11 +78,11 @@ LAYER = [
     ("kernels=[sdpa-cudnn]", "kernels=sdpa-cudnn", "runs on cuda only, not on cpu"),
     # the link
     *(
-        (f"link.ratio={x}", f"link.ratio={x}", "between 0 and 1")
+        (f"link.ratio={x}", f"link.ratio={x}", "above 0 and at most 0.95")
         for x in ("0", "1", "-0.25", "1.5", "nan", "high", "inf")
     ),
     ("link.ratio=0.99", "link.ratio=0.99", "at most 0.95"),
-    ("link.ratio=[0.1,25]", "link.ratio=25", "between 0 and 1"),
+    ("link.ratio=[0.1,25]", "link.ratio=25", "above 0 and at most 0.95"),
     ("link.ratio=[]", r"link.ratio=\[\]", "at least one ratio"),
     *((f"link.gbps={x}", f"link.gbps={x}", "above 0") for x in ("0.0", "-1.0", "nan", "inf")),
     ("link.gbps=1e-300", "link.gbps=1e-300", "60 s is the limit"),
@@ -166,7 +167,7 @@ OTHERS = [
     ("fig7", "timed=steps layers_timed=0", "layers_timed=0", COUNT),
     ("fig7", "timed=steps weights=pretrained weights_path=owner/name", "weights=pretrained", "give timed=clips"),
     ("fig7", "bench.seed=-3", "bench.seed=-3", "at least 0"),
-    ("fig7", "link.ratio=2", "link.ratio=2", "between 0 and 1"),
+    ("fig7", "link.ratio=2", "link.ratio=2", "above 0 and at most 0.95"),
     ("fig7", "link.gbps=-1", "link.gbps=-1.0", "above 0"),
     ("fig7", "link.latency_us=1e9", "link.latency_us=1000000000.0", "from 0 to"),
     ("fig7", "link.gbps=1e-300", "link.gbps=1e-300", "60 s is the limit"),

@@ -13,8 +13,9 @@ from by_hand import every_cut
 from hcms.race import decide
 from hcms.schedule import choose as module
 from hcms.schedule.choose import TIE, Choice, choose
-from hcms.schedule.cost import AttendPoint, IdealCosts, Level, Profile, Workload, WorkloadCosts, predict
+from hcms.schedule.cost import AttendPoint, Level, Profile, Workload, WorkloadCosts, predict
 from hcms.schedule.cut import even, tapered
+from hcms.schedule.ideal import IdealCosts
 from hcms.schedule.plan import Plan
 from hcms.schedule.schedule import Schedule, serial, three_lane, two_lane
 from hcms.schedule.simulate import Costs

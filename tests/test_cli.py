@@ -126,6 +126,13 @@ def test_a_reader_that_has_seen_enough() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("command", ["-m hcms_lab claims", f"{ROOT}/experiments/run.py +exp=advise gpu=h100"])
+def test_a_disk_that_is_full_is_one_line(command: str) -> None:
+    shell = f"{sys.executable} {command} > /dev/full"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
 @pytest.mark.parametrize(
     ("how", "encoding", "printed"), [(">&-", "utf-8", ""), ("", "ascii", "rho: ?\n"), ("", "utf-8", "rho: ρ\n")]
 )

@@ -214,6 +214,18 @@ def test_records_that_do_not_pass(tmp_path: Path, change: Callable[[list[dict[st
     assert message in "\n".join(problems(folder))
 
 
+def test_a_peer_that_is_wrong_is_a_finding(tmp_path: Path) -> None:
+    """It has no time, and its row says why; the run around it is as good as ever."""
+
+    def fail_a_peer(rows: list[dict[str, Any]]) -> None:
+        why = {"ok": False, "status": "failed", "error": "wrong result: error 0.05 above the bound 0.0006"}
+        rows.append(rows[0] | why | {"method": "peer:toy-ulysses", "cut": None, "latency_ms": None, "times_ms": None})
+
+    folder = make_run(tmp_path)
+    change_records(folder, fail_a_peer)
+    assert problems(folder) == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -284,7 +296,7 @@ def test_command_says_each_reason_in_a_line(tmp_path: Path, capsys: pytest.Captu
 def test_a_run_that_was_cut_off_gives_its_whole_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path)
     assert main(["contribute", str(folder), "--cut-off"]) == 2
-    assert "lacks no length, rank count, kernel or ratio: contribute it without --cut-off" in capsys.readouterr().err
+    assert "lacks nothing that it asked for: contribute it without --cut-off" in capsys.readouterr().err
     change_records(folder, drop_length)
     before = files_of(folder)
     assert main(["contribute", str(folder), "--check"]) == 1

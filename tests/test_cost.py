@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from by_hand import cut_speedup_bound, ring_ms, ring_speedup
 from hcms.schedule import catalogue
-from hcms.schedule.cost import AttendPoint, IdealCosts, Level, Profile, Workload, WorkloadCosts, fit, load, predict
+from hcms.schedule.cost import AttendPoint, Level, Profile, Workload, WorkloadCosts, fit, load, predict
+from hcms.schedule.ideal import IdealCosts
 from hcms.schedule.schedule import ring, serial, three_lane, two_lane
 from hcms.schedule.zero import zero
 from hcms_lab.report import closed_form
@@ -379,7 +380,7 @@ class TestFile:
         path = tmp_path / "profile.yaml"
         with pytest.raises(ValueError, match="no such profile"):
             load(path)
-        for text in ("just words", "a: [", "- 1"):
+        for text in ("just words", "a: [", "- 1", "x: 2024-99-99", "[" * 5000):
             path.write_text(text)
             with pytest.raises(ValueError, match="not a profile"):
                 load(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hcms.schedule import catalogue
@@ -34,6 +36,22 @@ def test_sms_kept_for_communication_free_its_exchanges_and_slow_attention() -> N
     for timeline in (few, many):  # an exchange takes its own time, whatever attends
         exchanges = [s for s in timeline.spans if s.op.kind == "exchange"]
         assert exchanges[2].end_ms - exchanges[2].begin_ms < 3 * (exchanges[1].end_ms - exchanges[1].begin_ms)
+
+
+def test_an_exchange_on_sms_of_its_own_slows_no_attention_but_by_those() -> None:
+    """A slowdown is measured on shared SMs: beside an exchange that has some to itself attention has the rest."""
+    profile = catalogue.gpu("h100-pcie").profile()
+    workload = Workload(57_600, 40, 4)
+    kept, shared = zero((1, 4, 4, 1), comm_sms=8), zero((1, 4, 4, 1))
+
+    def costs(slowdown: float, persistent: bool) -> WorkloadCosts:
+        return WorkloadCosts(replace(profile, attention_slowdown=slowdown, holds_sms=persistent), workload, graph=True)
+
+    for persistent in (True, False):
+        assert predict(kept, costs(1.5, persistent)) == predict(kept, costs(1.0, persistent))
+    assert predict(shared, costs(1.5, False)).duration_ms > 1.1 * predict(shared, costs(1.0, False)).duration_ms
+    # On shared SMs that attention holds, an exchange waits for its end: nothing of the two is at once.
+    assert predict(shared, costs(1.5, True)) == predict(shared, costs(1.0, True))
 
 
 def test_as_many_as_there_are_is_never_the_fastest() -> None:

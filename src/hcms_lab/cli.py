@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from importlib import import_module
 from typing import NoReturn
 
-from hcms_lab.ground.errors import UsageError, one_line
+from hcms_lab.ground.errors import STORAGE, UsageError, one_line, storage_line
 from hcms_lab.ground.paths import ROOT
-from hcms_lab.ground.streams import make_usable
+from hcms_lab.ground.streams import let_go, make_usable
 
 # In the order in which they are listed; each is a module of `commands` (with _ for -), imported only when it is called.
 COMMANDS = {
@@ -39,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status. Bad input is one line and status 2."""
     make_usable()
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
     except UsageError as error:
         print(one_line(error), file=sys.stderr)
         return 2
@@ -47,8 +48,14 @@ def main(argv: list[str] | None = None) -> int:
         print("error: stopped (SIGINT)", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor is there anyone for what is buffered
+        let_go()
         return 0
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        let_go()
+        print(f"error: {storage_line(error)}", file=sys.stderr)
+        return 1
 
 
 def _run(argv: list[str]) -> int:

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
+from shutil import rmtree
 from threading import Event, Thread
 from time import perf_counter
 from types import ModuleType
 from typing import Any, Literal
 
 from hcms_lab.ground.config import BaseConfig
-from hcms_lab.ground.errors import STORAGE, UsageError
+from hcms_lab.ground.errors import STORAGE, UsageError, storage_line
 from hcms_lab.ground.load import environment as read_environment
 from hcms_lab.ground.paths import UNFINISHED
 from hcms_lab.ground.private import scrubbed
@@ -42,13 +43,17 @@ def run_recorded(module: ModuleType, cfg: BaseConfig, folder: Path, own: BaseCon
         with stoppable(), _alone(folder):
             return _recorded(module, cfg, folder, shown, reductions(cfg, own))
     except Stopped as stopped:
-        print(f"error: {stopped}; the records so far are in {shown}", file=sys.stderr)
+        if (folder / "env.json").is_file():
+            where = f"the records so far are in {shown}"
+        else:
+            rmtree(folder, ignore_errors=True)
+            where = "nothing was measured yet"
+        print(f"error: {stopped}; {where}", file=sys.stderr)
         sys.exit(stopped.status)
     except OSError as error:
         if error.errno not in STORAGE:
             raise
-        what = ": ".join(str(x) for x in (error.filename, error.strerror) if x)
-        print(f"error: {what}; the records so far are in {shown}", file=sys.stderr)
+        print(f"error: {storage_line(error)}; the records so far are in {shown}", file=sys.stderr)
         return False
 
 

@@ -11,10 +11,9 @@ e bytes an element):
   the host only launches;
 - a ring's rotation sends K and V, 2·B·L·N·H·e; its step attends L x L over N heads and merges in float32.
 
-Communication and attention slow each other down where a schedule overlaps them. Of the profile's two factors each
-lane gets the share of its time that the other can cover: attention takes
-`1 + (slowdown - 1) · min(1, T_comm / T_attention)` times as long, communication the same the other way round, whatever
-the cut.
+Communication and attention slow each other down where a schedule overlaps them on the same SMs. Of the profile's two
+factors each lane gets the share of its time that the other can cover: attention takes
+`1 + (slowdown - 1) · min(1, T_comm / T_attention)` times as long, communication likewise, whatever the cut.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ from hcms.schedule.timeline import Span, Timeline
 __all__ = [
     "AttendPoint",
     "Costs",
-    "IdealCosts",
     "Level",
     "Profile",
     "Workload",
@@ -109,7 +107,6 @@ class WorkloadCosts:
         self.graph, self.sustained, self.hot = graph, sustained, hot
         self._known: dict[tuple[Any, ...], OpCost] = {}
         self._known_stages: dict[tuple[Any, ...], tuple[Stage, ...]] = {}
-        self._known_slowdown: dict[tuple[bool, bool], float] = {}
 
     @property
     def host_computes(self) -> bool:
@@ -132,8 +129,8 @@ class WorkloadCosts:
         """Price one operation of `schedule`, whose cut adds up to this workload's M (or which is a ring)."""
         in_ring = schedule.name == "ring"
         size = min(op.chunk, 1) if in_ring else schedule.cut[op.chunk]  # a ring's steps are alike but for the first
-        # One chunk on two lanes has nothing to overlap with, and what waits for attention's end runs beside none of it.
-        contends = schedule.overlaps and len(schedule.cut) > 1 and not self._blocked(schedule)
+        # One chunk on two lanes has nothing to overlap with.
+        contends = len(schedule.cut) > 1 and self._contends(schedule)
         key = (op.kind, size, op.tensors, op.part, in_ring, contends, schedule.copies_apart, schedule.comm_sms)
         if key not in self._known:
             cost = self._ring_cost(op) if in_ring else self._chunk_cost(op, size, schedule)
@@ -169,24 +166,36 @@ class WorkloadCosts:
         steady_ms = replace(self.profile, sms=None).attention_ms(w.seq_len, w.heads_a_rank, w.batch)
         return wire_ms / (wire_ms + steady_ms)
 
-    def _slowdown(self, op: Op, in_ring: bool) -> float:
-        key = (op.kind == "attend", in_ring)
-        if key not in self._known_slowdown:
-            self._known_slowdown[key] = self._slowdown_of(op, in_ring)
-        return self._known_slowdown[key]
+    def _contends(self, schedule: Schedule) -> bool:
+        # What waits for attention's end runs beside none of it; an attention on fewer SMs is priced as that.
+        return schedule.overlaps and not schedule.comm_sms and not self._blocked
 
-    def _slowdown_of(self, op: Op, in_ring: bool) -> float:
-        if in_ring:
-            steps = ring(self.workload.ranks)
-            attend_ms = sum(self._ring_cost(o).lane_ms for o in steps.ops if o.kind == "attend")
-            comm_ms = sum(self._ring_cost(o).lane_ms for o in steps.ops if o.kind == "rotate")
-        else:
-            heads = self.workload.heads_a_rank
-            attend_ms = self.attention_ms
-            comm_ms = sum(self._chunk_cost(Op(kind, 0, COMM), heads).lane_ms for kind in ("exchange", "return"))
-        if op.kind == "attend":
-            return 1 + (self.profile.attention_slowdown - 1) * min(1.0, comm_ms / attend_ms)
-        return 1 + (self.profile.communication_slowdown - 1) * min(1.0, attend_ms / comm_ms if comm_ms else 0.0)
+    def _slowdown(self, op: Op, in_ring: bool) -> float:
+        attention, communication = self._ring_slowdowns if in_ring else self._chunk_slowdowns
+        return attention if op.kind == "attend" else communication
+
+    @cached_property
+    def _ring_slowdowns(self) -> tuple[float, float]:
+        ops = ring(self.workload.ranks).ops
+        rotate_ms, attend_ms = (
+            sum(self._ring_cost(o).lane_ms for o in ops if o.kind == k) for k in ("rotate", "attend")
+        )
+        return self._slowdowns(attend_ms, rotate_ms)
+
+    @cached_property
+    def _chunk_slowdowns(self) -> tuple[float, float]:
+        heads = self.workload.heads_a_rank
+        comm_ms = sum(self._chunk_cost(Op(kind, 0, COMM), heads).lane_ms for kind in ("exchange", "return"))
+        return self._slowdowns(self.attention_ms, comm_ms)
+
+    def _slowdowns(self, attend_ms: float, comm_ms: float) -> tuple[float, float]:
+        """Of attention and of communication."""
+        p = self.profile
+        comm_covered = min(1.0, attend_ms / comm_ms if comm_ms else 0.0)
+        return (
+            1 + (p.attention_slowdown - 1) * min(1.0, comm_ms / attend_ms),
+            1 + (p.communication_slowdown - 1) * comm_covered,
+        )
 
     def _chunk_cost(self, op: Op, heads: int, schedule: Schedule | None = None) -> OpCost:
         """An operation with nothing beside it; where no schedule is given, of one that copies in its exchanges."""
@@ -241,9 +250,10 @@ class WorkloadCosts:
     def wire_needs_sms(self) -> bool:
         return self.profile.wire_needs_sms
 
-    def _blocked(self, schedule: Schedule) -> bool:
-        """Whether an exchange has to wait for attention's end."""
-        return self.holds_sms and self.wire_needs_sms and not schedule.comm_sms
+    @property
+    def _blocked(self) -> bool:
+        """Whether an exchange on shared SMs has to wait for attention's end."""
+        return self.holds_sms and self.wire_needs_sms
 
     def host_ms(self, op: Op, schedule: Schedule) -> float:
         return self._host_ms
@@ -260,7 +270,7 @@ class WorkloadCosts:
         return self._known_stages[key]
 
     def _stages_of(self, op: Op, schedule: Schedule, in_ring: bool) -> tuple[Stage, ...]:
-        slowdown = self._slowdown(op, in_ring) if schedule.overlaps and not self._blocked(schedule) else 1.0
+        slowdown = self._slowdown(op, in_ring) if self._contends(schedule) else 1.0
         if op.kind == "attend":
             if in_ring:
                 w, attend_ms = self.workload, self._ring_cost(op).lane_ms * slowdown
@@ -308,55 +318,6 @@ class WorkloadCosts:
     def _ring_copy_ms(self) -> float:
         """Its own K and V, into the first buffer."""
         return self._ring_bytes / 1e9 * self.profile.pack_ms_per_gb
-
-
-@dataclass(frozen=True, slots=True)
-class IdealCosts:
-    """Costs on an ideal machine: everything in proportion to heads, nothing for launches, latency or copies.
-
-    Args:
-        comm_ratio: rho of serial Ulysses.
-        ranks: P, for a ring.
-        attention_ms: attention of all of a rank's heads.
-    """
-
-    comm_ratio: float
-    ranks: int = 2
-    attention_ms: float = 1.0
-    ports: int = 1
-    host_computes: bool = False
-
-    @property
-    def comm_ms(self) -> float:
-        return self.attention_ms * self.comm_ratio / (1 - self.comm_ratio)
-
-    @property
-    def holds_sms(self) -> bool:
-        return False
-
-    @property
-    def wire_needs_sms(self) -> bool:
-        return False
-
-    def host_ms(self, op: Op, schedule: Schedule) -> float:
-        return 0.0
-
-    def stages(self, op: Op, schedule: Schedule) -> tuple[Stage, ...]:
-        """What `contend` lets meet: attention on two lanes takes turns, two wires share the link."""
-        kind = "attend" if op.kind == "attend" else "nothing" if op.kind in ("pack", "unpack") else "wire"
-        return (Stage(kind, self.op_cost(op, schedule).lane_ms),)
-
-    def op_cost(self, op: Op, schedule: Schedule) -> OpCost:
-        if op.kind == "rotate":
-            return OpCost(self.comm_ms * self.ranks / 2 / (self.ranks - 1))
-        if op.kind in ("pack", "unpack"):
-            return OpCost(0.0)
-        share = schedule.cut[op.chunk] / sum(schedule.cut)
-        if op.kind in ("attend", "return") or op.tensors == "q":
-            share /= op.part[1]
-        if op.kind == "attend":
-            return OpCost(self.attention_ms * share)
-        return OpCost(self.comm_ms * share * (len(op.tensors) if op.kind == "exchange" else 1) / 4)
 
 
 def predict(schedule: Schedule, costs: Costs) -> Timeline:

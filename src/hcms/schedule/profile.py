@@ -239,7 +239,7 @@ def load(path: Path | str, **wanted: Any) -> Profile:
         plain = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+    except (yaml.YAMLError, ValueError, RecursionError):  # a ValueError of what is no text, or of a date that cannot be
         plain = None
     if not isinstance(plain, dict):
         raise ValueError(f"{path}: not a profile: it holds no YAML mapping")

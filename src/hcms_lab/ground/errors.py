@@ -13,3 +13,8 @@ class UsageError(ValueError):
 def one_line(error: UsageError) -> str:
     """What is printed of it: a line, whatever characters the input had."""
     return "error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+
+
+def storage_line(error: OSError) -> str:
+    """Which file could not be written, where that is known, and why."""
+    return ": ".join(str(x) for x in (error.filename, error.strerror) if x)

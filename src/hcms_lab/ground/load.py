@@ -124,20 +124,29 @@ def config(path: Path | str) -> dict[str, Any]:
     file = _folder(path) / "config.resolved.yaml"
     if not file.is_file():
         return {}
-    content = read_bounded(file, MAX_SIDE_BYTES)
-    try:
-        # A line of aliases of aliases would be gigabytes to whoever walks through it; we write none.
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
-            raise UsageError(f"{file} holds YAML aliases, which no run of ours writes: not read")
-        found = _mapping(yaml.safe_load(content), file)
-    except RecursionError:
-        raise UsageError(f"{file} nests too deep: mend or remove it") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UsageError(f"{file}{f':{mark.line + 1}' if mark else ''} is not YAML: mend or remove it") from None
+    found = _mapping(yaml_of(file), file)
     if "frames" in found and found.get("kind") not in ("wan", "wan_predict"):
         found["latent_frames"] = found.pop("frames")
     return found
+
+
+def yaml_of(file: Path) -> Any:
+    """What a file of YAML holds.
+
+    Raises:
+        UsageError: it is too large, no YAML, or of a form that no run of ours writes.
+    """
+    content = read_bounded(file, MAX_SIDE_BYTES)
+    try:
+        # A line of aliases of aliases would be gigabytes to whoever walks through it; we write none.
+        if not any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
+            return yaml.safe_load(content)
+    except RecursionError:
+        raise UsageError(f"{file} nests too deep: mend or remove it") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date that no calendar has
+        mark = getattr(error, "problem_mark", None)
+        raise UsageError(f"{file}{f':{mark.line + 1}' if mark else ''} is not YAML: mend or remove it") from None
+    raise UsageError(f"{file} holds YAML aliases, which no run of ours writes: not read")
 
 
 def _mapping(value: Any, file: Path) -> dict[str, Any]:

@@ -179,7 +179,9 @@ def cases_of(
         whole("prefetch", prefetch)
     cases: dict[Case, None] = {}
     for entry in methods:
-        method, _, own_cut = entry.partition("@")
+        method, at, own_cut = entry.partition("@")
+        if at and not own_cut:
+            raise UsageError(f"methods={entry}: no cut follows the @; give methods=[{method}@even:2], say")
         one_of("methods", method, (*METHODS, *(PEER + name for name in PEERS if method.startswith(PEER))))
         if method in METHODS and METHODS[method].cuts:
             if not own_cut and not cuts:
@@ -234,8 +236,7 @@ def check_run(cfg: Config) -> None:
     for ratio in ratios:
         # A link so slow that attention is a twentieth of the time shows nothing, and takes hours to show it.
         if ratio != LOWEST:
-            either = f", which is between 0 and 1, or {LOWEST!r}"
-            number("link.ratio", ratio, 0, MOST_RATIO, above=True, otherwise=either)
+            number("link.ratio", ratio, 0, MOST_RATIO, above=True, otherwise=f", or {LOWEST!r}")
     check_transport(cfg)
     distinct("kernels", cfg.kernels)
     for kernel in cfg.kernels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -34,6 +35,7 @@ def stoppable() -> Iterator[None]:
         yield
         return
 
+    atexit.register(_deaf_at_the_end)
     handler = signal.SIG_DFL if "TORCHELASTIC_RUN_ID" in os.environ else _stop
     before = {s: signal.signal(s, handler) for s in _ENDING if signal.getsignal(s) is not signal.SIG_IGN}
     try:
@@ -64,6 +66,13 @@ def _nothing(signum: int, frame: object) -> None:
     _ignored.append(signum)
     if len(_ignored) > _PATIENCE:
         os._exit(128 + signum)
+
+
+def _deaf_at_the_end() -> None:
+    """A process that is ending in good order is not cut short where Python gives up its handlers, which is last."""
+    for each in _ENDING:
+        if signal.getsignal(each) is _nothing:
+            signal.signal(each, signal.SIG_IGN)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import forkserver, get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic, sleep
@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import psutil
 
-from hcms_lab.ground.errors import STORAGE, UsageError
+from hcms_lab.ground.errors import STORAGE, UsageError, storage_line
 from hcms_lab.measure.stop import die_with, interrupts_held
 
 POLL_S = 1.0
@@ -67,7 +67,7 @@ class Fault:
             kind, text = "usage", str(error)
         elif isinstance(error, OSError) and error.errno in STORAGE:
             kind, number = "storage", error.errno
-            text = ": ".join(str(x) for x in (error.filename, error.strerror) if x)
+            text = storage_line(error)
         elif _OTHERS_FAULT.search(str(error)):
             kind = "left alone"
         return cls(rank, kind, text, monotonic(), number)
@@ -125,6 +125,7 @@ def watch(
         UsageError, OSError: a rank was given what cannot be, or could not write its files.
     """
     context = _context(forked_with)
+    resource_tracker.ensure_running()  # where it starts it lets signals through again, which below are held back
     children: list[_Child] = []
     try:
         for rank in range(ranks):

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from hcms.schedule.cut import parse_shape
 from hcms_lab.ground import private
 from hcms_lab.ground.checks import as_list
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.ground.load import config, environment, plan, records, reduced
+from hcms_lab.ground.load import config, environment, plan, records, reduced, yaml_of
+from hcms_lab.ground.names import PEER
 from hcms_lab.ground.paths import ROOT, inside
 from hcms_lab.ground.private import words
 from hcms_lab.ground.records import parsed, read_bounded, read_rows, repeated
@@ -178,7 +178,9 @@ def _incomplete(table: pd.DataFrame, cfg: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _wrong(table: pd.DataFrame, env: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[str]:
-    for row in table[~table["ok"].fillna(False)].to_dict("records"):
+    # A peer's wrong result is a finding: it has no time, and Table 5 says why.
+    ours = ~table["method"].str.startswith(PEER)
+    for row in table[ours & ~table["ok"].fillna(False)].to_dict("records"):
         why = row["error"] or "wrong result"
         yield f"not ok: {row['method']} {row['cut'] or ''} at {row['seq_len']} tokens: {str(why).splitlines()[-1]}"
     if cfg.get("kind") in GATHERING:
@@ -220,7 +222,7 @@ def _strings(path: Path) -> Iterator[tuple[str, str]]:
     elif path.suffix == ".json":
         values = [parsed(read_bounded(path), str(path))]
     elif path.suffix in (".yaml", ".yml"):
-        values = [config(path.parent) if path.name == "config.resolved.yaml" else yaml.safe_load(read_bounded(path))]
+        values = [config(path.parent) if path.name == "config.resolved.yaml" else yaml_of(path)]
     else:
         values = list(read_bounded(path).decode(errors="replace").splitlines())
     for value in values:

@@ -54,7 +54,7 @@ def whole_points(folder: Path, into: Path) -> Path:
         raise UsageError(f"{folder} has no point that is whole yet: go on with resume=<folder>")
     table, cfg, env = records(folder), config(folder), environment(folder)
     if not (lacks := unanswered(table, cfg)):
-        raise UsageError(f"{folder} lacks no length, rank count, kernel or ratio: contribute it without --cut-off")
+        raise UsageError(f"{folder} lacks nothing that it asked for: contribute it without --cut-off")
     less = []
     for option, values in lacks.items():
         at, _, name = option.rpartition(".")

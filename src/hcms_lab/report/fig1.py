@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 
 from hcms.methods import METHODS
-from hcms.schedule.cost import IdealCosts, predict
+from hcms.schedule.cost import predict
+from hcms.schedule.ideal import IdealCosts
 from hcms.schedule.schedule import COMM, COMPUTE
 from hcms.schedule.timeline import Span, Timeline
 from hcms_lab.ground import traces

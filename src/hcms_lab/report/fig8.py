@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from hcms.schedule.cost import IdealCosts, predict
+from hcms.schedule.cost import predict
 from hcms.schedule.cut import Cut, even, tapered
+from hcms.schedule.ideal import IdealCosts
 from hcms.schedule.schedule import ring, serial, two_lane
 from hcms_lab.ground.cuts import recorded_cut
 from hcms_lab.report import parts, style
