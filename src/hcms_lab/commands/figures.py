@@ -22,7 +22,7 @@ def options(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     from hcms_lab.report import style
-    from hcms_lab.report.parts import LINKS
+    from hcms_lab.report.parts import PLACES
     from hcms_lab.report.registry import exhibits
 
     os.environ[NAMED_BY] = "committed"
@@ -33,7 +33,7 @@ def run(arguments: Namespace) -> int:
         figure = figures[name]
         newest = figure.newest()
         drawn = figure.save(figure.of(newest))
-        runs = {link: folder for link, folder in by_link(name).items() if link in LINKS}
+        runs = {link: folder for link, folder in by_link(name).items() if link in PLACES}
         has_link = newest in runs.values()
         for link, folder in runs.items():
             if has_link and folder != newest and link in figure.beside:

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from hcms.transport import COLLECTIVE
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.names import peer_kind_by_name
 from hcms_lab.ground.paths import ROOT, inside
@@ -196,13 +197,14 @@ def committed_folders(exp: str, root: Path = ROOT) -> dict[str, Path]:
 
 
 def by_link(exp: str, root: Path = ROOT) -> dict[str, Path]:
-    """The newest committed run of an experiment over each link, by the link's name; a reduced one, which says so in its
-    title, only where there is no whole one."""
+    """The newest committed run of an experiment over each link, by the link's name, or by the transport's where that is
+    no collective; a reduced one, which says so in its title, only where there is no whole one."""
     folders: dict[str, Path] = {}
     for folder in sorted(
         committed_folders(exp, root).values(), key=lambda folder: (bool(reduced(folder)), _place(folder))
     ):
-        folders.setdefault(str(environment(folder).get("link")), folder)
+        transport = config(folder).get("transport") or COLLECTIVE
+        folders.setdefault(str(environment(folder).get("link") if transport == COLLECTIVE else transport), folder)
     return folders
 
 

@@ -65,7 +65,7 @@ def on_gpu(cases: pd.DataFrame) -> bool:
 class Evidence:
     """One hardware and link: the outcome by the claim's rule, what was measured, where, and of how many rounds.
 
-    `short` is the measured value in a few words, for a table of one row a claim.
+    `link` names the transport too (`over`); `short` is the measured value in a few words, for a table of a row a claim.
     """
 
     grade: Grade
@@ -130,7 +130,7 @@ class Finding:
         by_link: dict[str, list[str]] = {}
         for e in self.best:
             by_link.setdefault(e.link, []).append(f"{short_hardware(e.hardware)}{', rested,' * e.rested} {e.short}")
-        return "; ".join(f"{'; '.join(each)} ({link} link)" for link, each in by_link.items())
+        return "; ".join(f"{'; '.join(each)} ({link})" for link, each in by_link.items())
 
 
 def ordered(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
@@ -164,8 +164,13 @@ def place(cases: pd.DataFrame) -> str:
     counts = listed(cases["world_size"])
     ranks = f"one rank of {counts}" if link in ONE_OF_MANY else f"{counts} ranks"
     load = f", {cases['load'].iloc[0]} load" if pd.notna(cases["load"].iloc[0]) else ""
-    transport = f", {cases['transport'].iloc[0]}" if cases["transport"].iloc[0] != COLLECTIVE else ""
-    return f"{cases['name'].iloc[0]}, {ranks}, {link} link{transport}{load}{rho}{shared}"
+    return f"{cases['name'].iloc[0]}, {ranks}, {over(cases)}{load}{rho}{shared}"
+
+
+def over(cases: pd.DataFrame) -> str:
+    """The link, and what carried our exchanges where that was no collective: `native link, copy-engine`."""
+    transport = cases["transport"].iloc[0]
+    return f"{cases['link'].iloc[0]} link" + (f", {transport}" if transport != COLLECTIVE else "")
 
 
 def rounds(cases: pd.DataFrame) -> str:

@@ -6,7 +6,18 @@ import pandas as pd
 
 from hcms_lab.report import predictions
 from hcms_lab.report.claims import Claim
-from hcms_lab.report.evidence import EMULATED, Evidence, Finding, Outcome, Read, by_place, grade_of, ordered, place
+from hcms_lab.report.evidence import (
+    EMULATED,
+    Evidence,
+    Finding,
+    Outcome,
+    Read,
+    by_place,
+    grade_of,
+    ordered,
+    over,
+    place,
+)
 from hcms_lab.report.stats import COMPOSED, Interval, composed, fixed_cuts, measured
 from hcms_lab.report.words import gain, percent
 
@@ -48,7 +59,7 @@ def of_clips(ratio: str, interval: str, claim: Claim, read: Read) -> Finding:
                 grade if full_size or grade.rank < EMULATED.rank else EMULATED,
                 _outcome(value, claim.low),
                 str(case["name"]),
-                str(case["link"]),
+                over(cases),
                 gain(value) if value.n >= LEAST_CLIPS else f"{gain(value)}, of fewer than {LEAST_CLIPS} {of}",
                 ", ".join(f"{method} {percent(float(row[ratio]) - 1)}" for method, row in ran),
                 on,

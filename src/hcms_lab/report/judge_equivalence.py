@@ -7,7 +7,7 @@ import pandas as pd
 from hcms.methods import METHODS
 from hcms_lab.ground.cuts import recorded_cut
 from hcms_lab.report.claims import Claim
-from hcms_lab.report.evidence import GPUS, Evidence, Finding, Outcome, Read, by_place, ordered
+from hcms_lab.report.evidence import GPUS, Evidence, Finding, Outcome, Read, by_place, ordered, over
 from hcms_lab.report.stats import fixed_cuts
 from hcms_lab.report.words import listed
 
@@ -31,7 +31,7 @@ def of_uneven_cuts(claim: Claim, read: Read) -> Finding:
     for cases in by_place(tables):
         equal, right = int(cases["bitwise_equal"].fillna(False).sum()), int(cases["ok"].fillna(False).sum())
         outcome: Outcome = "holds" if equal == len(cases) else "part" if right == len(cases) else "fails"
-        name, link = str(cases["name"].iloc[0]), str(cases["link"].iloc[0])
+        name, link = str(cases["name"].iloc[0]), over(cases)
         kernels = ", ".join(sorted(set(cases["kernel"])))
         evidence.append(
             Evidence(

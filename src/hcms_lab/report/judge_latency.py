@@ -9,7 +9,7 @@ import pandas as pd
 from hcms_lab.report import predictions
 from hcms_lab.report.claims import Claim
 from hcms_lab.report.closed_form import speedup_limit
-from hcms_lab.report.evidence import Evidence, Finding, Outcome, Read, by_place, grade_of, ordered, place, rounds
+from hcms_lab.report.evidence import Evidence, Finding, Outcome, Read, by_place, grade_of, ordered, over, place, rounds
 from hcms_lab.report.stats import Interval, gains
 from hcms_lab.report.words import gain, span
 
@@ -97,7 +97,7 @@ def _evidence(
     if alone is not None and (methods := _methods(cases)) != [PAPERS]:
         beside = f", {PAPERS} {alone[_at(cases)]}" if _at(cases) in alone else ""
         short = f"{' or '.join(methods)} {short}{beside}"
-    name, link = str(cases["name"].iloc[0]), str(cases["link"].iloc[0])
+    name, link = str(cases["name"].iloc[0]), over(cases)
     return Evidence(grade_of(cases), outcome, name, link, measured, short, on, rounds(cases))
 
 

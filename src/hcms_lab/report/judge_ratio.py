@@ -23,6 +23,7 @@ from hcms_lab.report.evidence import (
     by_place,
     grade_of,
     ordered,
+    over,
     place,
     rounds,
 )
@@ -135,7 +136,7 @@ def _of_sweeps(claim: Claim, read: Read, judge: Callable[[pd.DataFrame], tuple[O
         if judged is None:
             continue
         outcome, words, short = judged
-        name, link = str(points["name"].iloc[0]), str(points["link"].iloc[0])
+        name, link = str(points["name"].iloc[0]), over(points)
         item = Evidence(grade_of(points), outcome, name, link, words, short, place(points), rounds(points))
         evidence.append(item)
         lengths[item] = set(points["seq_len"])

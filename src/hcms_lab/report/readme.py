@@ -26,7 +26,7 @@ from hcms_lab.ground.load import (
     records,
 )
 from hcms_lab.ground.paths import ROOT
-from hcms_lab.report.parts import LINKS
+from hcms_lab.report.parts import PLACES
 from hcms_lab.report.registry import exhibits
 from hcms_lab.report.table1 import short
 from hcms_lab.report.table5 import leads
@@ -58,7 +58,8 @@ def experiments(root: Path = ROOT) -> list[Experiment]:
 def results(root: Path = ROOT, *, own: bool = False) -> str:
     """The claims against the committed records; a run of the reader's own counts only where it is asked for."""
     shown = short(partial(judged_runs, root=root, own=own))
-    return f"{to_markdown(shown)}\nWhere, how often, and by which rule: [Table 1](paper_tables/table1.md).\n"
+    unpadded = re.sub(r"-{4,}", "---", re.sub(r" {2,}", " ", to_markdown(shown)))  # the README is read raw as well
+    return f"{unpadded}\nWhere, how often, and by which rule: [Table 1](paper_tables/table1.md).\n"
 
 
 def figures(root: Path = ROOT) -> str:
@@ -70,7 +71,7 @@ def figures(root: Path = ROOT) -> str:
         files = [
             f"figures/{experiment.name}.pdf",
             f"figures/{experiment.name}.png",
-            *(f"figures/{experiment.name}-{link}.png" for link in LINKS),
+            *(f"figures/{experiment.name}-{place}.png" for place in PLACES),
             f"paper_tables/{experiment.name}.md",
         ]
         there = [f"[{Path(file).name}]({file})" for file in files if (root / file).is_file()]

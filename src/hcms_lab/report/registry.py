@@ -35,7 +35,8 @@ class Exhibit:
         make: records to a matplotlib figure, whose `get_label()` says in a sentence what it shows, or to a DataFrame
             with its caption in `attrs["caption"]`.
         reads_all: it reads the records of all experiments by itself and takes none.
-        beside: links whose newest committed run has a picture of its own where the newest of all is over another.
+        beside: links and transports whose newest committed run has a picture of its own where the newest of all is
+            over another.
         stills: pictures of the run that are shown beside it, as a pattern inside the run's folder.
     """
 
@@ -44,7 +45,7 @@ class Exhibit:
     make: Callable[..., Any]
     reads_all: bool = False
     stills: str | None = None
-    beside: tuple[str, ...] = ("native", "native-host", "ghost", "ghost-sm", "emulated")
+    beside: tuple[str, ...] = ("native", "copy-engine", "native-host", "ghost", "ghost-sm", "emulated")
 
     @property
     def is_figure(self) -> bool:
