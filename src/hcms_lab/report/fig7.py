@@ -147,10 +147,8 @@ def _gains(ax: Axes, best: pd.DataFrame) -> None:
             ax.errorbar(row + offset, gain, yerr=error, fmt="none", ecolor="black", elinewidth=0.7, capsize=1.5)
         mark = 100 * claims()[claim].low
         ax.axhline(mark, color="black", linewidth=0.8, linestyle=(0, (4, 2)) if claim == "C5" else (0, (1, 1.5)))
-        above = claim == "C5"
-        ax.annotate(f"paper, {name}: {mark:.1f} %", (1, mark), xycoords=("axes fraction", "data"),
-                    xytext=(-1, 1.5 if above else -1.5), textcoords="offset points", ha="right",
-                    va="bottom" if above else "top", fontsize=6, path_effects=parts.halo())  # fmt: skip
+        ax.annotate(f"paper {mark:.1f} %", (0, mark), xycoords=("axes fraction", "data"), xytext=(2, 1.5),
+                    textcoords="offset points", fontsize=6, path_effects=parts.halo())  # fmt: skip
     ax.axhline(0, color=style.colour("ulysses"), linewidth=1)
     ax.set_xticks(rows, [style.label(str(m)).replace(" QKV", "").replace(", ", ",\n") for m in others.index])
     ax.set_ylabel("%")
