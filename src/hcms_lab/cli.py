@@ -19,7 +19,7 @@ COMMANDS = {
     "gpu-one": "what one GPU can tell, in calls of under ten minutes",
     "gpu-four": "what two to eight GPUs can tell, step by step",
     "contribute": "check a run and place it among the committed records",
-    "figures": "draw every figure of the committed records",
+    "figures": "draw every figure and table of the committed records",
     "readme": "write the results into README.md, or say whether it is stale",
     "page": "build the results page, one HTML file",
     "notebooks": "write the notebooks from their template, or say whether one differs",

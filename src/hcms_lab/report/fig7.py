@@ -135,10 +135,10 @@ def _gains(ax: Axes, best: pd.DataFrame) -> None:
     others = best.drop(index="ulysses")
     rows = np.arange(len(others))
     kinds = (
-        ("attention", "attention_speedup_vs_ulysses", "attention_speedup_interval", "C5", -0.2, 1.0),
-        ("clip", "speedup_vs_ulysses", "speedup_interval", "C4", 0.2, 0.45),
+        ("attention_speedup_vs_ulysses", "attention_speedup_interval", "C5", -0.2, 1.0),
+        ("speedup_vs_ulysses", "speedup_interval", "C4", 0.2, 0.45),
     )
-    for name, column, interval, claim, offset, alpha in kinds:
+    for column, interval, claim, offset, alpha in kinds:
         for row, (method, case) in zip(rows, others.iterrows(), strict=True):
             gain = 100 * (float(case[column]) - 1)
             low, high = (100 * (float(x) - 1) for x in case[interval])

@@ -73,6 +73,7 @@ def figures(root: Path = ROOT) -> str:
             f"figures/{experiment.name}.png",
             *(f"figures/{experiment.name}-{place}.png" for place in PLACES),
             f"paper_tables/{experiment.name}.md",
+            *(f"paper_tables/{experiment.name}-{place}.md" for place in PLACES),
         ]
         there = [f"[{Path(file).name}]({file})" for file in files if (root / file).is_file()]
         notebook = f"notebooks/{experiment.name}.ipynb"

@@ -35,7 +35,7 @@ class Exhibit:
         make: records to a matplotlib figure, whose `get_label()` says in a sentence what it shows, or to a DataFrame
             with its caption in `attrs["caption"]`.
         reads_all: it reads the records of all experiments by itself and takes none.
-        beside: links and transports whose newest committed run has a picture of its own where the newest of all is
+        beside: links and transports whose newest committed run has a file of its own where the newest of all is
             over another.
         stills: pictures of the run that are shown beside it, as a pattern inside the run's folder.
     """
@@ -79,14 +79,18 @@ class Exhibit:
         """Its stills in a run's folder, where that has some."""
         return sorted(Path(folder).glob(self.stills)) if self.stills else []
 
-    def save(self, shown: Any, folder: Path | None = None) -> list[Path]:
-        """Write its files into `folder`, or to where the paper has them, and return their paths."""
+    def save(self, shown: Any, folder: Path | None = None, *, place: str = "") -> list[Path]:
+        """Write its files into `folder`, or to where the paper has them, and return their paths.
+
+        Of a run over another `place` (`load.by_link`) that is one to look at, which says so in its name.
+        """
         from hcms_lab.report import style, tables
 
         where: dict[str, Any] = {} if folder is None else {"folder": folder}
+        name = f"{self.name}-{place}" if place else self.name
         if self.is_figure:
-            return style.save(shown, self.name, alt=shown.get_label(), **where)
-        return tables.write_table(self.name, shown, caption=shown.attrs["caption"], **where)
+            return style.save(shown, name, alt=shown.get_label(), vector=not place, **where)
+        return tables.write_table(name, shown, caption=shown.attrs["caption"], to_paste=not place, **where)
 
 
 def register(name: str, title: str, **settings: Any) -> Callable[[Make], Make]:

@@ -33,7 +33,13 @@ _LATEX = {
 
 
 def write_table(
-    name: str, table: pd.DataFrame, *, caption: str = "", digits: int = 2, folder: Path = TABLES
+    name: str,
+    table: pd.DataFrame,
+    *,
+    caption: str = "",
+    digits: int = 2,
+    folder: Path = TABLES,
+    to_paste: bool = True,
 ) -> list[Path]:
     """Write `<folder>/<name>.md`, `.tex` and `.csv`.
 
@@ -41,14 +47,17 @@ def write_table(
         table: rows as they shall appear, the index left out. Floats get `digits` decimals in Markdown and LaTeX and
             stay whole in CSV; what is missing is an en dash.
         caption: a sentence under the Markdown table and the LaTeX caption.
+        to_paste: False leaves out all but Markdown.
 
-    Returns the three paths. The LaTeX needs the packages `array` and `booktabs` (and `amssymb` for a check mark).
+    Returns the paths. The LaTeX needs the packages `array` and `booktabs` (and `amssymb` for a check mark).
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = table.reset_index(drop=True)
     shown = as_text(table, digits)
     markdown, latex, plain = (folder / f"{name}.{suffix}" for suffix in ("md", "tex", "csv"))
     markdown.write_text(to_markdown(table, digits) + (f"\n{caption}\n" if caption else ""), encoding="utf-8")
+    if not to_paste:
+        return [markdown]
     styler = shown.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis="columns")
     source = styler.to_latex(
         column_format=_column_format(table, shown),
