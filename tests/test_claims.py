@@ -116,10 +116,10 @@ def test_the_best_grade_decides_and_no_two_links_share_a_row(tmp_path: Path) -> 
     commit(tmp_path, "fig3", H100, ranks=(4,), ratios=(0.02,), link="ghost", link_ratio=None)
     commit(tmp_path, "fig4", H100, ranks=(4,), frames=(9,), link="shared", link_ratio=None)
     finding = judged(tmp_path)["C1"]
-    assert [(e.link, e.verdict) for e in finding.evidence] == [
-        ("ghost", "does not hold on one card"),
-        ("shared", "holds on one card"),
-        ("emulated", "mechanism shown"),
+    assert [(e.over, e.verdict) for e in finding.evidence] == [
+        ("ghost link", "does not hold on one card"),
+        ("shared link", "holds on one card"),
+        ("emulated link", "mechanism shown"),
     ]
     assert finding.verdict == "in part, on one card"
     assert "emulated" not in finding.short

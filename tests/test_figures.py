@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 import tiny
 from by_hand import ring_speedup
 from hcms.links import links
-from hcms.schedule.cost import IdealCosts, predict
+from hcms.schedule.cost import predict
+from hcms.schedule.ideal import IdealCosts
 from hcms.schedule.schedule import Op, Schedule, serial, two_lane
 from hcms.schedule.timeline import Span, Timeline
 from hcms_lab.commands.reproduce import steps

@@ -65,13 +65,13 @@ def on_gpu(cases: pd.DataFrame) -> bool:
 class Evidence:
     """One hardware and link: the outcome by the claim's rule, what was measured, where, and of how many rounds.
 
-    `link` names the transport too (`over`); `short` is the measured value in a few words, for a table of a row a claim.
+    `over` is the link and the transport; `short` is the measured value in a few words, for a table of a row a claim.
     """
 
     grade: Grade
     outcome: Outcome
     hardware: str
-    link: str
+    over: str
     measured: str
     short: str
     on: str
@@ -129,13 +129,13 @@ class Finding:
             return NOT_YET
         by_link: dict[str, list[str]] = {}
         for e in self.best:
-            by_link.setdefault(e.link, []).append(f"{short_hardware(e.hardware)}{', rested,' * e.rested} {e.short}")
+            by_link.setdefault(e.over, []).append(f"{short_hardware(e.hardware)}{', rested,' * e.rested} {e.short}")
         return "; ".join(f"{'; '.join(each)} ({link})" for link, each in by_link.items())
 
 
 def ordered(evidence: Iterable[Evidence]) -> tuple[Evidence, ...]:
     """The best grade first, then by hardware and link."""
-    return tuple(sorted(evidence, key=lambda e: (-e.grade.rank, e.hardware, e.link)))
+    return tuple(sorted(evidence, key=lambda e: (-e.grade.rank, e.hardware, e.over)))
 
 
 def by_place(tables: Iterable[pd.DataFrame]) -> list[pd.DataFrame]:
