@@ -22,10 +22,11 @@ if __name__ == "__main__":  # until `run_recorded`, which has something to end i
         os.write(2, f"error: stopped ({signal.Signals(signum).name})\n".encode())
         os._exit(128 + signum)  # an exception here would go through imports, some of which take any for their own
 
+    # One of torchrun's ranks ends at once: it may be waiting in a collective, where no handler runs.
+    handler = signal.SIG_DFL if "TORCHELASTIC_RUN_ID" in os.environ else stopped_early
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # One of torchrun's ranks ends at once: it may be waiting in a collective, where no handler runs.
-        if signal.getsignal(ending) is not signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(ending, stopped_early)
+        if signal.getsignal(ending) is not signal.SIG_IGN:
+            signal.signal(ending, handler)
 
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module

@@ -47,9 +47,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: stopped (SIGINT)", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        let_go()
-        return 0
     except OSError as error:
         if error.errno not in STORAGE:
             raise

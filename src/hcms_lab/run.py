@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from shutil import rmtree
 from threading import Event, Thread
 from time import perf_counter
 from types import ModuleType
@@ -43,11 +42,8 @@ def run_recorded(module: ModuleType, cfg: BaseConfig, folder: Path, own: BaseCon
         with stoppable(), _alone(folder):
             return _recorded(module, cfg, folder, shown, reductions(cfg, own))
     except Stopped as stopped:
-        if (folder / "env.json").is_file():
-            where = f"the records so far are in {shown}"
-        else:
-            rmtree(folder, ignore_errors=True)
-            where = "nothing was measured yet"
+        measured = (folder / "records.jsonl").is_file()
+        where = f"the records so far are in {shown}" if measured else "nothing was measured yet"
         print(f"error: {stopped}; {where}", file=sys.stderr)
         sys.exit(stopped.status)
     except OSError as error:

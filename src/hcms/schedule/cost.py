@@ -11,8 +11,8 @@ e bytes an element):
   the host only launches;
 - a ring's rotation sends K and V, 2·B·L·N·H·e; its step attends L x L over N heads and merges in float32.
 
-Communication and attention slow each other down where a schedule overlaps them on the same SMs. Of the profile's two
-factors each lane gets the share of its time that the other can cover: attention takes
+Communication and attention slow each other down where a schedule overlaps them, unless its kernels have SMs of their
+own. Of the profile's two factors each lane gets the share of its time that the other can cover: attention takes
 `1 + (slowdown - 1) · min(1, T_comm / T_attention)` times as long, communication likewise, whatever the cut.
 """
 
@@ -168,7 +168,8 @@ class WorkloadCosts:
 
     def _contends(self, schedule: Schedule) -> bool:
         # What waits for attention's end runs beside none of it; an attention on fewer SMs is priced as that.
-        return schedule.overlaps and not schedule.comm_sms and not self._blocked
+        own_sms = schedule.comm_sms and self.wire_needs_sms
+        return schedule.overlaps and not own_sms and not self._blocked
 
     def _slowdown(self, op: Op, in_ring: bool) -> float:
         attention, communication = self._ring_slowdowns if in_ring else self._chunk_slowdowns
@@ -191,9 +192,12 @@ class WorkloadCosts:
     def _slowdowns(self, attend_ms: float, comm_ms: float) -> tuple[float, float]:
         """Of attention and of communication."""
         p = self.profile
-        comm_covered = min(1.0, attend_ms / comm_ms if comm_ms else 0.0)
+        attention_covered, comm_covered = (
+            min(1.0, comm_ms / attend_ms),
+            min(1.0, attend_ms / comm_ms) if comm_ms else 0.0,
+        )
         return (
-            1 + (p.attention_slowdown - 1) * min(1.0, comm_ms / attend_ms),
+            1 + (p.attention_slowdown - 1) * attention_covered,
             1 + (p.communication_slowdown - 1) * comm_covered,
         )
 

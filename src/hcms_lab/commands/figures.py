@@ -26,10 +26,11 @@ def run(arguments: Namespace) -> int:
     from hcms_lab.report.registry import exhibits
 
     os.environ[NAMED_BY] = "committed"
-    if unknown := [name for name in arguments.names if name not in exhibits()]:
-        raise UsageError(f"{unknown[0]}: no such figure or table; choose of {', '.join(exhibits())}")
-    for name in arguments.names or exhibits():
-        exhibit = exhibits()[name]
+    known = exhibits()
+    if unknown := [name for name in arguments.names if name not in known]:
+        raise UsageError(f"{unknown[0]}: no such figure or table; choose of {', '.join(known)}")
+    for name in arguments.names or known:
+        exhibit = known[name]
         newest = exhibit.newest()
         drawn = exhibit.save(exhibit.of(newest))
         runs = {place: folder for place, folder in by_link(name).items() if place in PLACES}

@@ -197,14 +197,14 @@ def committed_folders(exp: str, root: Path = ROOT) -> dict[str, Path]:
 
 
 def by_link(exp: str, root: Path = ROOT) -> dict[str, Path]:
-    """The newest committed run of an experiment over each link, by the link's name, or by the transport's where that is
-    no collective; a reduced one, which says so in its title, only where there is no whole one."""
+    """The newest committed run of an experiment over each link, by the link's name, the transport's behind it where that
+    is no collective; a reduced one, which says so in its title, only where there is no whole one."""
     folders: dict[str, Path] = {}
     for folder in sorted(
         committed_folders(exp, root).values(), key=lambda folder: (bool(reduced(folder)), _place(folder))
     ):
-        transport = config(folder).get("transport") or COLLECTIVE
-        folders.setdefault(str(environment(folder).get("link") if transport == COLLECTIVE else transport), folder)
+        link, transport = environment(folder).get("link"), config(folder).get("transport") or COLLECTIVE
+        folders.setdefault(str(link) if transport == COLLECTIVE else f"{link}-{transport}", folder)
     return folders
 
 

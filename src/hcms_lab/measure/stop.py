@@ -35,7 +35,6 @@ def stoppable() -> Iterator[None]:
         yield
         return
 
-    atexit.register(_deaf_at_the_end)
     handler = signal.SIG_DFL if "TORCHELASTIC_RUN_ID" in os.environ else _stop
     before = {s: signal.signal(s, handler) for s in _ENDING if signal.getsignal(s) is not signal.SIG_IGN}
     try:
@@ -73,6 +72,9 @@ def _deaf_at_the_end() -> None:
     for each in _ENDING:
         if signal.getsignal(each) is _nothing:
             signal.signal(each, signal.SIG_IGN)
+
+
+atexit.register(_deaf_at_the_end)  # before what is imported later, so that it runs after what that registers
 
 
 @contextmanager

@@ -178,9 +178,9 @@ def _incomplete(table: pd.DataFrame, cfg: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _wrong(table: pd.DataFrame, env: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterator[str]:
-    # A peer's wrong result is a finding: it has no time, and Table 5 says why.
-    ours = ~table["method"].str.startswith(PEER)
-    for row in table[ours & ~table["ok"].fillna(False)].to_dict("records"):
+    # A peer's wrong result is a finding where it has no time, and Table 5 says why.
+    finding = table["method"].str.startswith(PEER) & table["latency_ms"].isna()
+    for row in table[~finding & ~table["ok"].fillna(False)].to_dict("records"):
         why = row["error"] or "wrong result"
         yield f"not ok: {row['method']} {row['cut'] or ''} at {row['seq_len']} tokens: {str(why).splitlines()[-1]}"
     if cfg.get("kind") in GATHERING:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # The nearer to several GPUs, the sooner it is drawn.
 LINKS = ("native", "native-host", "ghost", "shared", "ghost-sm", "emulated")
-PLACES = (*LINKS, "copy-engine")  # what `by_link` tells runs apart by: a link, or a transport between cards
+PLACES = (*LINKS, "native-copy-engine")  # what `by_link` tells runs apart by: a link, a transport over one
 ONE_OF_MANY = ("ghost", "ghost-sm")  # one process stands for all ranks
 LOADS = ("sustained", "rested")  # what a user gets first
 

@@ -45,7 +45,7 @@ class Exhibit:
     make: Callable[..., Any]
     reads_all: bool = False
     stills: str | None = None
-    beside: tuple[str, ...] = ("native", "copy-engine", "native-host", "ghost", "ghost-sm", "emulated")
+    beside: tuple[str, ...] = ("native", "native-copy-engine", "native-host", "ghost", "ghost-sm", "emulated")
 
     @property
     def is_figure(self) -> bool:

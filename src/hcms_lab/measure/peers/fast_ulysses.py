@@ -1,4 +1,7 @@
-"""fast-ulysses: whole tensors by copy engines into peers' memory, around the run's kernel."""
+"""fast-ulysses: whole tensors by copy engines into peers' memory, around the run's kernel.
+
+Written against 0.2.1, whose wheels want torch 2.13. It has not run on a card: those at hand had torch 2.11.
+"""
 
 from __future__ import annotations
 
