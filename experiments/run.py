@@ -75,6 +75,7 @@ USED_MOST = {
     "resume=FOLDER": "go on with a run that was cut off",
 }
 ROOM_BYTES = 2**20  # what a run's folder takes before its first record, and some
+ROOM_FILES = 64
 
 if str(HERE) not in sys.path:  # where the scripts of the kinds are imported from
     sys.path.insert(0, str(HERE))
@@ -114,8 +115,10 @@ def named(overrides: list[str]) -> Experiment:
     if any(o.startswith("exp=") for o in overrides):
         raise UsageError(f"exp: write it with a plus, +exp=NAME, one of {', '.join(names())}")
     chosen = [o.partition("=")[2] for o in overrides if o.lstrip("+").startswith("exp=")]
-    if any(o.lstrip("+~").startswith("hydra.run.dir") for o in overrides):
-        raise UsageError("hydra.run.dir: give output=FOLDER; a run's own folder below that is named after its time")
+    folders = ("hydra.run", "hydra.sweep", "hydra.output_subdir", "hydra=")
+    if moved := [o for o in overrides if o.lstrip("+~").startswith(folders)]:
+        where = "give output=FOLDER; a run's own folder below that is named after its time"
+        raise UsageError(f"{moved[0].partition('=')[0]}: {where}")
     if not chosen:
         raise UsageError(f"no experiment named: give +exp=NAME, one of {', '.join(names())}")
     return experiment(",".join(chosen))
@@ -186,7 +189,8 @@ def check(module: ModuleType, cfg: BaseConfig, exp: str) -> None:
         runs.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=runs):  # what access() says of root is not what a read-only disk says
             pass
-        if disk_usage(runs).free < ROOM_BYTES:
+        files = os.statvfs(runs)
+        if disk_usage(runs).free < ROOM_BYTES or (files.f_files and files.f_favail < ROOM_FILES):
             raise OSError("the disk is full")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
@@ -278,6 +282,9 @@ def with_hydras_flags(argv: list[str]) -> None:
     about_hydra = any(flag in argv for flag in ABOUT_HYDRA)
     overrides = [a for a in argv if "=" in a and not a.startswith("-")]
     schema = BaseConfig if about_hydra else schema_of(overrides)
+    for given in (o.partition("=")[2] for o in overrides if o.startswith("name=")):  # Hydra makes folders of it first
+        for each in given.split(","):
+            plain_name("name", each.strip("'\""), "it names the folder below outputs/")
     if {"--multirun", "-m"} & set(argv):  # a job elsewhere finds the scripts of the kinds as this process does
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     if not about_hydra:
@@ -320,6 +327,7 @@ def main(argv: list[str]) -> None:
     # A resumed run goes on in its own folder, which keeps the .hydra/ that it began with.
     there = [] if cfg.resume is None else [f"hydra.run.dir='{cfg.resume}'", "hydra.output_subdir=null"]
     sys.argv[1:] = [*overrides, *there]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
     hydra_run()
 
 

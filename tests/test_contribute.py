@@ -54,8 +54,8 @@ def test_whole_run_is_placed_once(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(records(target)) == len(records(folder))
     with pytest.raises(UsageError, match="is there already: --replace"):
         place(folder, tmp_path)
-    change_env(folder, lambda env: env.update(started="later"))
-    assert json.loads((place(folder, tmp_path, replace=True) / "env.json").read_text())["started"] == "later"
+    change_env(folder, lambda env: env.update(started="2026-11-01T00:00:00+00:00"))
+    assert json.loads((place(folder, tmp_path, replace=True) / "env.json").read_text())["started"][:10] == "2026-11-01"
     assert main(["contribute", str(folder), "--check"]) == 0
     assert "fit to publish: 12 records" in capsys.readouterr().out
 
@@ -127,7 +127,18 @@ def test_links_do_not_carry_files_in_or_records_out(tmp_path: Path) -> None:
     (folder / "traces" / "more.json").symlink_to(secret)
     assert "traces/more.json is a link: put the file itself there" in problems(folder)
     (folder / "traces" / "more.json").unlink()
-    (tmp_path / "paper_tables" / "records").mkdir(parents=True)
+    (folder / "traces").rename(tmp_path / "traces")
+    (folder / "traces").symlink_to(tmp_path / "traces")
+    assert "traces is a link: put the folder itself there" in problems(folder)[0]
+    (folder / "traces").unlink()
+    (tmp_path / "traces").rename(folder / "traces")
+    staged = tmp_path / "paper_tables" / "contributing" / "cpu-made-up-b.fig3.new"
+    staged.parent.mkdir(parents=True)
+    (tmp_path / "victim").mkdir()
+    staged.symlink_to(tmp_path / "victim")
+    assert not place(folder, tmp_path, variant="b").is_symlink()
+    assert not list((tmp_path / "victim").iterdir())
+    (tmp_path / "paper_tables" / "records").mkdir(parents=True, exist_ok=True)
     (tmp_path / "outside").mkdir()
     (tmp_path / "paper_tables" / "records" / "cpu-made-up").symlink_to(tmp_path / "outside")
     with pytest.raises(UsageError, match="leads out of"):

@@ -146,7 +146,7 @@ def started(
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     run = Command(command, folder, environment, own_session=True, ignores=ignores, beside=beside)
     until_s = time.monotonic() + 60
-    while not (found := list(folder.glob("outputs/fig3/2*/records.jsonl"))):
+    while not (found := [f for f in folder.glob("outputs/fig3/2*/records.jsonl") if f.stat().st_size]):
         assert run.poll() is None, run.communicate()[1]
         assert time.monotonic() < until_s
         time.sleep(0.05)
@@ -227,6 +227,52 @@ def test_the_server_that_ranks_are_forked_from_takes_the_run_down(tmp_path: Path
     assert "died (exit status 255); its log is" in err and "the server that ranks are forked from" in err
     assert "Traceback" not in err
     wait_for_none(tmp_path, 5)
+
+
+def test_a_server_that_is_stopped_before_there_are_ranks(tmp_path: Path) -> None:
+    """The run waits for its answer then, and is told no more of a signal than that it came."""
+    run = subprocess.Popen(
+        [sys.executable, str(tiny.EXPERIMENTS / "run.py"), *TINY],
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=as_a_terminal_starts_it,
+    )
+    until_s, servers = time.monotonic() + 60, []
+    while not servers:
+        assert run.poll() is None
+        assert time.monotonic() < until_s
+        servers = [p for p in processes(tmp_path) if "multiprocessing.forkserver" in " ".join(p.cmdline())]
+    servers[0].suspend()
+    _, err = run.communicate(timeout=20)
+    assert run.returncode == 1, err
+    assert "could not be started" in err or "the server that ranks are forked from" in err
+    assert "Traceback" not in err
+    wait_for_none(tmp_path, 5)
+
+
+LATE = """
+import os, signal, sys, time
+from hcms_lab.measure.stop import Stopped, stoppable
+class Late:
+    def __del__(self):  # when modules are taken apart, after Python has given up its handlers
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+late = Late()
+try:
+    with stoppable():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+except Stopped as stopped:
+    sys.exit(stopped.status)
+"""
+
+
+def test_a_signal_at_python_s_very_end_changes_no_status() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], stderr=subprocess.PIPE, preexec_fn=as_a_terminal_starts_it)
+    assert (done.returncode, done.stderr) == (130, b"")
 
 
 # ---- shared memory and disks: a mount of its own where this machine lets us ------------------------------------------

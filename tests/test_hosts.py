@@ -9,6 +9,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 import tiny
 from forks import Command, namespaces
 from hcms_lab.ground.errors import UsageError
-from hcms_lab.measure.launch import check_one_clock
+from hcms_lab.measure.launch import check_alike, check_one_clock
 from ranks import Place, on_ranks
 
 pytestmark = pytest.mark.t1
@@ -70,6 +71,30 @@ def test_two_agents_on_one_host(tmp_path: Path) -> None:
     assert [status for status, _, _ in ended] == [0, 0], ended
     assert sum(out.count("records.jsonl") for _, out, _ in ended) == 1, "one of them says what it wrote"
     assert all(r["link"] == "native" for r in recorded_once(tmp_path))
+
+
+@dataclass(frozen=True)
+class Work:
+    points: tuple[int, ...]
+    seed: int
+    folder: str
+
+
+def told(place: Place, seeds: list[int]) -> str:
+    rank = dist.get_rank(place.gloo)
+    try:
+        check_alike(place.gloo, (Work((1, 2), seeds[rank], f"node{rank}"), "no job"))
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def test_agents_with_other_settings_are_refused_on_all_ranks() -> None:
+    assert on_ranks(2, told, [5, 5]) == ["", ""], "a folder is a host's own"
+    assert (
+        on_ranks(2, told, [5, 6])
+        == ["rank 1 has other settings than rank 0 (seed): give every agent of torchrun the same"] * 2
+    )
 
 
 # ---- two network namespaces ------------------------------------------------------------------------------------------

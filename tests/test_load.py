@@ -81,6 +81,11 @@ def test_line_being_written_is_left_out(tmp_path: Path) -> None:
         ('{"schema": 1, "hardware": "a/../../b"}\n', "hardware is 'a/../../b', and should be a plain name"),
         ('{"schema": 1, "seed": ' + "9" * 5000 + "}\n", "records.jsonl:1 is not JSON"),
         ("[" * 100_000 + "\n", "records.jsonl:1 nests too deep"),
+        ('{"schema": 1, "run": [1]}\n', "records.jsonl:1: run is .* and should be text or a number"),
+        ('{"schema": 1, "num_frames": {"a": 1}}\n', "num_frames is .* and should be text or a number"),
+        ('{"schema": 1, "seq_len": 1' + "0" * 400 + "}\n", "seq_len is a larger number than any of ours"),
+        ('{"schema": 1, "method": "\\ud800"}\n', "records.jsonl:1: method holds half a character"),
+        ('{"schema": 1, "cut": "auto:"}\n', "cut is 'auto:', and should be as 1-3-1"),
         (
             '{"schema": 1, "error": "' + "x" * (1 << 20) + '"}\n',
             "1 has 1.0 MiB, and a record has 1 MiB at most",
@@ -116,6 +121,14 @@ def test_a_file_that_no_run_writes_is_not_read(tmp_path: Path) -> None:
         ("config.resolved.yaml", "a: &a [x, x]\nb: &b [*a, *a]\n", "holds YAML aliases"),
         ("config.resolved.yaml", "!!python/object/apply:os.getcwd []\n", "config.resolved.yaml:1 is not YAML"),
         ("config.resolved.yaml", "text", "holds a str"),
+        ("config.resolved.yaml", "a: 2024-99-99\n", "config.resolved.yaml is not YAML"),
+        ("config.resolved.yaml", "a: " + "[" * 50_000, "config.resolved.yaml nests too deep"),
+        ("env.json", '{"hardware": "x"}', "env.json: hardware is 'x': mend or remove it"),
+        ("env.json", '{"started": "2026-13-45T99:00"}', "started is '2026-13-45T99:00', and should be a date"),
+        ("env.json", '{"started": 5}', "env.json: started is '5'"),
+        ("env.json", '{"wall_s": "abc"}', "env.json: wall_s is 'abc'"),
+        ("env.json", '{"segments": "abc"}', "env.json: segments is 'abc'"),
+        ("env.json", '{"segments": [1]}', "env.json holds a int"),
     ],
 )
 def test_what_lies_beside_records_is_data_too(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -183,7 +183,10 @@ def earlier(cfg: Any, tmp_path: Path) -> Path:
     (folder / "config.resolved.yaml").write_text(settings_text(cfg))
     env = facts_of(cfg)
     (folder / "env.json").write_text(json.dumps(env))
-    RecordFile(folder / "records.jsonl").append([replace(record(960), hardware=env["hardware"]["slug"])])
+    w = cfg.workload
+    layer = {"workload": w.name, "heads": w.heads, "head_dim": w.head_dim, "batch": w.batch, "dtype": w.dtype}
+    own = replace(record(960, link=env["link"], seed=cfg.bench.seed), hardware=env["hardware"]["slug"], **layer)
+    RecordFile(folder / "records.jsonl").append([own])
     return folder
 
 
@@ -249,6 +252,11 @@ def test_other_code_or_another_machine_does_not(cfg: Any, earlier: Path, change:
         ({"exp": "fig4", "seed": 1}, "a record there has exp fig4, not fig3"),
         ({"hardware": "gpu-x", "seed": 1}, "a record there has hardware gpu-x, not"),
         ({"schema": 99, "seed": 1}, "a record there has schema 99, not 1"),
+        ({"seed": 77}, "a record there has seed 77, not 0"),
+        ({"workload": "other"}, "a record there has workload other, not wan_scaled"),
+        ({"heads": 40}, "a record there has heads 40, not"),
+        ({"link": "ghost"}, "a record there has link ghost, not emulated"),
+        ({"dtype": "bfloat16"}, "a record there has dtype bfloat16, not float32"),
     ],
 )
 def test_other_records_do_not(cfg: Any, earlier: Path, change: dict[str, Any], message: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from hcms.hardware import hardware
-from hcms_lab.ground.checks import is_folder
-from hcms_lab.ground.config import BaseConfig, Config
+from hcms_lab.ground.checks import as_list, is_folder
+from hcms_lab.ground.config import BaseConfig, Config, LayerConfig
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.paths import ROOT
 from hcms_lab.ground.records import SCHEMA, read_rows, repeated
@@ -58,14 +58,28 @@ def check_resume(cfg: BaseConfig) -> None:
     rows = read_rows(folder / "records.jsonl")
     if count := repeated(rows):
         raise UsageError(f"{given}: {count} of its records are of a case that has one already; start a new run")
-    own = isinstance(cfg, Config)  # other kinds gather what was measured elsewhere
-    for name, told in (("schema", SCHEMA), ("exp", cfg.name), ("hardware", here.slug)) if own else ():
-        if others := {row.get(name) for row in rows if row.get("source") == "measured"} - {told}:
-            raise UsageError(f"{given}: a record there has {name} {others.pop()}, not {told}; start a new run")
+    for name, told in _told(cfg, here.slug).items() if isinstance(cfg, Config) else ():
+        others = {row.get(name) for row in rows if row.get("source") == "measured" and row.get("status") == "done"}
+        if others := others - set(told):
+            raise UsageError(f"{given}: a record there has {name} {others.pop()}, not {_listed(told)}; start a new run")
     my_env = facts_of(cfg)
     kept = {key: their_env.get(key) for key in _SAME}
     for name, their, mine in _differences(kept, {key: my_env.get(key) for key in _SAME}):
         raise UsageError(f"{given}: {name} was {their} there and is {mine} here; start a new run")
+
+
+def _told(cfg: Config, slug: str) -> dict[str, Sequence[Any]]:
+    """What a record of this configuration may say. Kinds that are no `Config` gather what was measured elsewhere."""
+    told: dict[str, Sequence[Any]] = {"schema": [SCHEMA], "exp": [cfg.name], "hardware": [slug], "link": [link_of(cfg)]}
+    if isinstance(cfg, LayerConfig):
+        w = cfg.workload
+        told |= {"workload": [w.name], "heads": [w.heads], "head_dim": [w.head_dim], "batch": [w.batch]}
+        told |= {"dtype": as_list(w.dtype), "seed": [cfg.bench.seed]}
+    return told
+
+
+def _listed(told: Sequence[Any]) -> str:
+    return " or ".join(map(str, told))
 
 
 def facts_of(cfg: BaseConfig) -> dict[str, Any]:

@@ -60,7 +60,9 @@ def _recorded(module: ModuleType, cfg: BaseConfig, folder: Path, shown: str, les
     else:
         (folder / "config.resolved.yaml").write_text(settings_text(cfg))
     _write(folder / "env.json", env)
-    _link(folder.parent / UNFINISHED, folder)
+    unfinished = folder.parent / UNFINISHED
+    earlier = unfinished.resolve() if unfinished.is_symlink() else folder  # one that was cut off, and stays so
+    _link(unfinished, folder)
     began_s = perf_counter()
     source: Any = getattr(module, "SOURCE", "measured")
 
@@ -78,7 +80,9 @@ def _recorded(module: ModuleType, cfg: BaseConfig, folder: Path, shown: str, les
                 raise
             note_wall()  # before anything is drawn: what was measured stays, whatever a picture of it comes to
             _link(folder.parent / "latest", folder)
-            _unlink(folder.parent / UNFINISHED, folder)
+            _unlink(unfinished, folder)
+            if earlier != folder and earlier.is_dir() and earlier.parent == folder.parent:
+                _link(unfinished, earlier)
             figures, tables = [], []
             try:
                 figures, tables = _draw(cfg.name, folder), _tabulate(cfg.name, folder)

@@ -36,6 +36,7 @@ __all__ = [
 
 SCHEMAS = (SCHEMA,)  # the record schemas that this code reads
 MAX_SIDE_BYTES = 1 << 20  # of env.json and config.resolved.yaml
+MOST_DEEP = 50  # brackets and blocks of a configuration within each other
 NAMED_BY = "HCMS_RUN"  # a run's folder, or `committed`: what `newest` gives in place of the newest run
 
 _FIELDS = {field.name: str(field.type) for field in fields(Record)}
@@ -102,7 +103,29 @@ def environment(path: Path | str) -> dict[str, Any]:
     file = _folder(path) / "env.json"
     if not file.is_file():
         return {}
-    return _mapping(parsed(read_bounded(file, MAX_SIDE_BYTES), str(file)), file)
+    found = _mapping(parsed(read_bounded(file, MAX_SIDE_BYTES), str(file)), file)
+    segments = found.get("segments") or []
+    for part in [found, *(segments if isinstance(segments, list) else [segments])]:
+        for name, kind in _ENVIRONMENT.items():
+            if isinstance(part, dict) and part.get(name) is not None and not isinstance(part[name], kind):
+                raise UsageError(f"{file}: {name} is {str(part[name])[:40]!r}: mend or remove it")
+        try:
+            datetime.fromisoformat(_mapping(part, file).get("started") or "2000-01-01")
+        except ValueError as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"{file}: started is {str(part['started'])[:40]!r}, and should be a date") from None
+    return found
+
+
+# What is read of it; the rest is shown as it is.
+_ENVIRONMENT: dict[str, type | tuple[type, ...]] = {
+    "hardware": dict,
+    "versions": dict,
+    "segments": list,
+    "started": str,
+    "wall_s": (int, float),
+}
 
 
 def hardware_name(path: Path | str) -> str:
@@ -139,15 +162,29 @@ def yaml_of(file: Path) -> Any:
     """
     content = read_bounded(file, MAX_SIDE_BYTES)
     try:
-        # A line of aliases of aliases would be gigabytes to whoever walks through it; we write none.
-        if not any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
-            return yaml.safe_load(content)
+        depth = 0
+        for token in yaml.scan(content):  # what opens thousands of brackets takes a scanner for ever
+            depth += isinstance(token, _OPENS) - isinstance(token, _CLOSES)
+            if depth > MOST_DEEP:
+                raise RecursionError
+            # A line of aliases of aliases would be gigabytes to whoever walks through it; we write none.
+            if isinstance(token, yaml.AliasToken):
+                raise UsageError(f"{file} holds YAML aliases, which no run of ours writes: not read")
+        return yaml.safe_load(content)
+    except UsageError:
+        raise
     except RecursionError:
         raise UsageError(f"{file} nests too deep: mend or remove it") from None
     except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date that no calendar has
         mark = getattr(error, "problem_mark", None)
         raise UsageError(f"{file}{f':{mark.line + 1}' if mark else ''} is not YAML: mend or remove it") from None
-    raise UsageError(f"{file} holds YAML aliases, which no run of ours writes: not read")
+
+
+_OPENS = (
+    *(yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken),
+    *(yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken),
+)
+_CLOSES = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 def _mapping(value: Any, file: Path) -> dict[str, Any]:
@@ -197,7 +234,7 @@ def committed_folders(exp: str, root: Path = ROOT) -> dict[str, Path]:
 
 
 def by_link(exp: str, root: Path = ROOT) -> dict[str, Path]:
-    """The newest committed run of an experiment over each link, by the link's name, the transport's behind it where that
+    """The newest committed run of an experiment over each link, by the link's name, the transport's behind it where it
     is no collective; a reduced one, which says so in its title, only where there is no whole one."""
     folders: dict[str, Path] = {}
     for folder in sorted(

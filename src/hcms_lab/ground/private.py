@@ -19,11 +19,11 @@ SECRETS = {
     "a password in an address": r"\b[a-z][a-z0-9+.-]*://[^/\s:@]+:[^/\s:@]+@",
     "an e-mail address": r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b",
 }
-SECRET_NAME = re.compile(r"(?i)(?:^|_)(?:api_?key|key|token|secret|password|passwd|credentials?)$")
+SECRET_NAME = re.compile(r"(?i)(?:(?:^|_)(?:key|token|pass|credentials?)|api_?key|secret|password|passwd)$")
 IDENTITY_NAME = re.compile(r"(?i)^(?:user|username|user_name|login|host|hostname|host_name|nodename|fqdn)$")
 HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # W&B's older keys look like commits, so only the run's own commit may stay
 _PATH = r"~?/[\w.@+-]+(?:/[\w.@+-]*)+|/(?:home|root|tmp|mnt|work)\b|[A-Za-z]:\\\S+"
-ABSOLUTE = re.compile(rf"(?:^|(?<=[\s\"'=:,;(\[]))({_PATH})")
+ABSOLUTE = re.compile(rf"(?:^|(?<=[\s\"'`=:,;(\[{{<|]))({_PATH}|(?<=file:)/+\S+)")
 # Accounts that every machine has name nobody.
 _COMMON = {"root", "user", "ubuntu", "admin", "runner", "nobody", "docker", "jovyan", "localhost", "vm", "gpu", "cpu"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -89,6 +90,8 @@ CASE = (
 FREE_TEXT = ("error", "plan_reason", "version")  # the rest is made of our own words
 MAX_LINE_BYTES = 1 << 20  # a committed record has 3 kB at most; one of a thousand rounds would have 30
 MAX_FILE_BYTES = 1 << 26
+MOST = 1 << 53  # what a float holds as a whole number
+_CUT = re.compile(r"(?:auto:)?[a-z]*:?[\w+-]+")
 
 
 def plan(cut: str | None) -> str | None:
@@ -181,15 +184,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
     for name, value in row.items():
-        kinds = _KINDS.get(name)
+        kinds = _KINDS.get(name, (str, int, float) if name in CASE else None)
+        if isinstance(value, int) and abs(value) > MOST:
+            raise UsageError(f"{where}: {name} is a larger number than any of ours: mend or remove that line")
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise UsageError(f"{where}: {name} holds half a character: mend or remove that line")
         if value is None or kinds is None:
             continue
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             wanted = "text" if kinds == (str,) else "a list" if kinds == (list,) else "a truth value"
             wanted = "a number" if int in kinds else wanted
+            wanted = "text or a number" if str in kinds and int in kinds else wanted
             raise UsageError(f"{where}: {name} is {str(value)[:40]!r}, and should be {wanted}")
         if name == "times_ms" and isinstance(value, list) and not all(isinstance(ms, int | float) for ms in value):
             raise UsageError(f"{where}: times_ms holds something that is not a number")
+    if row.get("cut") is not None and not _CUT.fullmatch(row["cut"]):
+        raise UsageError(f"{where}: cut is {row['cut'][:40]!r}, and should be as 1-3-1 or auto:1-3-1 is")
     for name in ("exp", "hardware"):  # parts of paths
         if row.get(name) is not None and not NAME.fullmatch(row[name]):
             raise UsageError(f"{where}: {name} is {row[name][:40]!r}, and should be a plain name, as fig3 is")

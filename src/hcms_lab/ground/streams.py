@@ -30,16 +30,23 @@ def make_usable() -> None:
         if getattr(sys, name) is None:
             _to_nowhere(fd)  # whatever has taken that number since: nobody is to print into it
             setattr(sys, name, os.fdopen(fd, "w", closefd=False, errors="replace"))
-    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout is sys.__stdout__:
-        sys.stdout.flush()
-        raw = _Lasting(sys.stdout.fileno(), "w", closefd=False)
-        sys.stdout = TextIOWrapper(
-            BufferedWriter(raw),
-            sys.stdout.encoding,
-            "replace",  # as stderr does by itself
-            line_buffering=sys.stdout.line_buffering,
-            write_through=sys.stdout.write_through,
-        )
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, TextIOWrapper) and stream is getattr(sys, f"__{name}__"):  # and not a test's, say
+            setattr(sys, name, _lasting(stream))
+
+
+def _lasting(stream: TextIOWrapper) -> TextIOWrapper:
+    stream.flush()
+    raw = _Lasting(stream.fileno(), "w", closefd=False)
+    errors = "replace" if stream is sys.stdout else "backslashreplace"
+    return TextIOWrapper(
+        BufferedWriter(raw),
+        stream.encoding,
+        errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def let_go() -> None:

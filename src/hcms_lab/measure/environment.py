@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hcms.hardware import Hardware
+from hcms_lab.ground.errors import UsageError
 from hcms_lab.ground.paths import ROOT
 from hcms_lab.measure.one_card import NCCL, is_one_card, nccl_version
 
@@ -79,6 +81,8 @@ def environment(hardware: Hardware, link: str, device: str) -> dict[str, Any]:
     """The contents of `env.json`. `device` is cpu or cuda; torch is imported for cuda alone."""
     # A copy of the tree on a machine that gets only files is told its commit; a history that it lies in is another's.
     told = os.environ.get("HCMS_COMMIT")
+    if told and not re.fullmatch(r"[0-9a-f]{7,40}", told):
+        raise UsageError(f"HCMS_COMMIT={told[:40]}: give a commit's hash, 7 to 40 hexadecimal digits")
     status = None if told else _git("status", "--porcelain")
     variables = {**_variables_of(link), **os.environ} if device == "cuda" else os.environ
     facts: dict[str, Any] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from hcms.hardware import this_host
 from hcms.lanes import communicators
 from hcms.links import links
+from hcms.objects import everyones
 from hcms_lab.ground.errors import UsageError
 from hcms_lab.measure.one_card import one_card
 from hcms_lab.measure.stop import die_with
@@ -162,6 +163,8 @@ def _be_a_rank(
         place = torch.device("cpu")
         torch.set_num_threads(1)  # ranks share the host's cores: each stands for one device
     control = links()[link].start(rank, ranks, place, timedelta(seconds=timeout_s), store)
+    if store is None:  # each of torchrun's agents was given settings of its own
+        check_alike(control, args)
     if link == "emulated":
         check_one_clock(control, this_host())
     fn(Rank(rank, ranks, place, control, processes=processes_of(link, ranks)), *args)
@@ -172,6 +175,27 @@ def _be_a_rank(
     # Not in a `finally`: a rank that fails should be seen to die first, before its peers notice closed connections.
     dist.barrier(control)
     dist.destroy_process_group()
+
+
+_OWN = ("folder", "hardware", "ranks_per_core", "gbps_of_ratio", "profile")  # a host's, or the first rank's
+
+
+def check_alike(control: dist.ProcessGroup, jobs: tuple[Any, ...]) -> None:
+    """Refuse jobs that are not the same on every rank, but for what is a host's own. Collective."""
+
+    def told(job: Any) -> dict[str, str]:
+        of = {f.name: getattr(job, f.name) for f in fields(job) if f.name not in _OWN}
+        parts = [told(value) for value in of.values() if is_dataclass(value)]
+        return {n: repr(v) for n, v in of.items() if not is_dataclass(v)} | {n: t for p in parts for n, t in p.items()}
+
+    mine = {name: text for job in jobs if is_dataclass(job) for name, text in told(job).items()}
+    first, *others = everyones(mine, control)
+    for rank, theirs in enumerate(others, start=1):
+        if names := [name for name in first if theirs.get(name) != first[name]]:
+            differ = ", ".join(names)
+            raise UsageError(
+                f"rank {rank} has other settings than rank 0 ({differ}): give every agent of torchrun the same"
+            )
 
 
 def check_one_clock(control: dist.ProcessGroup, host: str) -> None:

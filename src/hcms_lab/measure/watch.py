@@ -13,12 +13,13 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Event, Thread
 from time import monotonic, sleep
 from typing import Any, Literal
 
@@ -128,18 +129,18 @@ def watch(
     resource_tracker.ensure_running()  # where it starts it lets signals through again, which below are held back
     children: list[_Child] = []
     try:
-        for rank in range(ranks):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_rank, args=(target, rank, str(folder), args, theirs))
-            with interrupts_held():
-                try:
-                    process.start()
-                except (EOFError, OSError) as error:  # of the server that should have forked it
-                    raise RankFailed(
-                        f"rank {rank} could not be started: {str(error) or 'its server is gone'}"
-                    ) from None
-                children.append(_Child(rank, process, ours))
-            theirs.close()
+        with _server_watched():
+            for rank in range(ranks):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_rank, args=(target, rank, str(folder), args, theirs))
+                with interrupts_held():
+                    try:
+                        process.start()
+                    except (EOFError, OSError) as error:  # of the server that should have forked it
+                        why = str(error) or "its server is gone"
+                        raise RankFailed(f"rank {rank} could not be started: {why}") from None
+                    children.append(_Child(rank, process, ours))
+                theirs.close()
         faults = _until_ended(children, poll)
         silent = [child for child in children if child.running and child.rank not in {f.rank for f in faults}]
         if faults:
@@ -176,6 +177,24 @@ def _until_ended(children: list[_Child], poll: Callable[[], None]) -> list[Fault
             settled_s = monotonic() + SETTLE_S
     _look(children, faults)
     return list(faults.values())
+
+
+@contextmanager
+def _server_watched() -> Iterator[None]:
+    """While ranks are started, which waits for the server's answer, whatever has become of it."""
+    done = Event()
+
+    def look() -> None:
+        while not done.wait(POLL_S):
+            _end_a_stopped_server()
+
+    looking = Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        done.set()
+        looking.join()
 
 
 _server_polls_stopped = 0

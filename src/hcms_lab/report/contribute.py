@@ -101,6 +101,8 @@ def place(folder: Path, root: Path = ROOT, *, variant: str | None = None, replac
     if target.exists() and (less := _less(table, records(target))):
         raise UsageError(f"{os.path.relpath(target)} has more ({less}): {beside}")
     for left in (new, old):
+        if left.is_symlink():
+            left.unlink()
         shutil.rmtree(left, ignore_errors=True)
     for path in [*(folder / name for name in FILES), *_traces(folder)]:
         copy = new / path.relative_to(folder)
@@ -242,6 +244,9 @@ def _leaves(where: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _traces(folder: Path) -> list[Path]:
+    """Its traces. A link is none of them, whatever it leads to."""
+    if (folder / "traces").is_symlink():
+        raise UsageError(f"{os.path.relpath(folder / 'traces')} is a link: put the folder itself there")
     return sorted(path for path in (folder / "traces").rglob("*") if path.is_file())
 
 

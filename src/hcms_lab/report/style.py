@@ -38,6 +38,7 @@ PAPER_BAND: dict[str, Any] = {"color": "#BBBBBB", "alpha": 0.35, "linewidth": 0}
 
 RC: dict[str, Any] = {
     "font.size": 8,
+    "text.parse_math": False,  # records name what they like
     "axes.labelsize": 8,
     "axes.titlesize": 8,
     "legend.fontsize": 7,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import threading
 import urllib.error
@@ -73,7 +74,7 @@ class Mirror:
     ) -> None:
         one_of("wandb.mode", cfg.wandb.mode, WANDB_MODES)
         self.folder = folder
-        self.exp = str(cfg.name)
+        self.exp = re.sub(r"[^\w.-]+", "-", str(scrubbed(cfg.name)))  # in names, keys and tags
         self._cfg = cfg
         self._env = env
         self._source = source
