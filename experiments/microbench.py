@@ -149,7 +149,8 @@ def table(records: list[dict[str, Any]], title: str, limit: int) -> Table:
     """The terminal's table: a time never stands without its correctness. A refused point is one row.
 
     What is the same in all rows stands in the title. Where `limit` characters are too few, columns go: the spread
-    first, then errors, Ring, the hidden share, bitwise and rho; methods, cuts, times, gains and the check stay.
+    first, then errors, Ring, the hidden share, bitwise, rho and, for the longest names, gains; methods, cuts, times and
+    the check stay.
     """
     shown, refused = [], set()
     for r in records:
@@ -178,7 +179,7 @@ def table(records: list[dict[str, Any]], title: str, limit: int) -> Table:
         Column("cut", [short_cut(r["cut"] or "-") for r in shown]),
         _numbers("latency\nms", "latency_ms", ".2f", shown),
         _numbers("± IQR\nms", "latency_iqr_ms", ".2f", shown, rank=1),
-        _numbers("vs\nulysses", "speedup_vs_ulysses", ".3f", shown),
+        _numbers("vs\nulysses", "speedup_vs_ulysses", ".3f", shown, rank=7),
         _numbers("vs\nring", "speedup_vs_ring", ".3f", shown, rank=3),
         _numbers("hidden", "hidden_fraction", ".2f", shown, rank=4),
         _numbers("max\nerror", "max_abs_err", ".1e", shown, rank=2),
