@@ -149,8 +149,8 @@ def table(records: list[dict[str, Any]], title: str, limit: int) -> Table:
     """The terminal's table: a time never stands without its correctness. A refused point is one row.
 
     What is the same in all rows stands in the title. Where `limit` characters are too few, columns go: the spread
-    first, then errors, Ring, the hidden share, bitwise, rho and, for the longest names, gains; methods, cuts, times and
-    the check stay.
+    first, then errors, Ring, the hidden share, bitwise and rho; methods, cuts, times, gains and the check stay. Peers,
+    whose names are long, have no cut: beside them ours stands behind its method.
     """
     shown, refused = [], set()
     for r in records:
@@ -173,13 +173,18 @@ def table(records: list[dict[str, Any]], title: str, limit: int) -> Table:
         for key in POINT
         if key not in same
     ]
+    methods = [r["method"].removeprefix(PEER) for r in shown]
+    cuts = [short_cut(r["cut"] or "-") for r in shown]
+    if any(r["method"].startswith(PEER) for r in shown):
+        methods = [method if cut == "-" else f"{method} {cut}" for method, cut in zip(methods, cuts, strict=True)]
+        cuts = []
     columns += [
         _numbers("rho", "comm_ratio", ".3f", shown, rank=6),
-        Column("method", [r["method"].removeprefix(PEER) for r in shown]),
-        Column("cut", [short_cut(r["cut"] or "-") for r in shown]),
+        Column("method", methods),
+        *([Column("cut", cuts)] if cuts else []),
         _numbers("latency\nms", "latency_ms", ".2f", shown),
         _numbers("± IQR\nms", "latency_iqr_ms", ".2f", shown, rank=1),
-        _numbers("vs\nulysses", "speedup_vs_ulysses", ".3f", shown, rank=7),
+        _numbers("vs\nulysses", "speedup_vs_ulysses", ".3f", shown),
         _numbers("vs\nring", "speedup_vs_ring", ".3f", shown, rank=3),
         _numbers("hidden", "hidden_fraction", ".2f", shown, rank=4),
         _numbers("max\nerror", "max_abs_err", ".1e", shown, rank=2),
