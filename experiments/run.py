@@ -47,9 +47,9 @@ from hcms.methods import METHODS
 from hcms_lab.ground import compose
 from hcms_lab.ground.checks import one_of, plain_name
 from hcms_lab.ground.config import AXES, WANDB_MODES, BaseConfig
-from hcms_lab.ground.errors import STORAGE, UsageError, one_line, storage_line
+from hcms_lab.ground.errors import UsageError, one_line
 from hcms_lab.ground.experiments import Experiment, experiment, experiments, names
-from hcms_lab.ground.streams import let_go, make_usable
+from hcms_lab.ground.streams import ends_where_nothing_can_be_written, make_usable
 from hcms_lab.measure.cases import device_of
 
 HERE = Path(__file__).resolve().parent
@@ -282,9 +282,9 @@ def with_hydras_flags(argv: list[str]) -> None:
     about_hydra = any(flag in argv for flag in ABOUT_HYDRA)
     overrides = [a for a in argv if "=" in a and not a.startswith("-")]
     schema = BaseConfig if about_hydra else schema_of(overrides)
-    for given in (o.partition("=")[2] for o in overrides if o.startswith("name=")):  # Hydra makes folders of it first
-        for each in given.split(","):
-            plain_name("name", each.strip("'\""), "it names the folder below outputs/")
+    for override in (o for o in overrides if o.lstrip("+").startswith("name=")):  # Hydra makes folders of it first
+        for name in override.partition("=")[2].split(","):
+            plain_name("name", name.strip("'\""), "it names the folder below outputs/")
     if {"--multirun", "-m"} & set(argv):  # a job elsewhere finds the scripts of the kinds as this process does
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     if not about_hydra:
@@ -333,12 +333,5 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     make_usable()
-    try:
+    with ends_where_nothing_can_be_written():
         main(sys.argv[1:])
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno not in STORAGE:
-            raise
-        let_go()
-        print(f"error: {storage_line(error)}", file=sys.stderr)
-        sys.exit(1)

@@ -181,6 +181,9 @@ REAL = [
     ("+exp=fig7 model.transformer.num_layers=0", "model.transformer.num_layers=0: give a whole number"),
     ("+exp=table4 frames=[]", "frames=[]: give at least one"),
     ("--multirun +exp=fig3 bench.iterations=0,3", "bench.iterations=0: give a whole number of at least 1"),  # each job
+    ("--multirun +exp=fig3 name=../../evil", "name=../../evil: it names the folder below outputs/"),
+    ("--multirun +exp=fig3 ++name=fig3,../evil", "name=../evil: it names the folder below outputs/"),
+    ("--multirun +exp=fig3 hydra.sweep.dir=.", "hydra.sweep.dir: give output=FOLDER"),
     ("--multirun +exp=fig3 bench.iteration=3", "bench.iteration: no such setting; bench.iterations is the nearest"),
     ("--cfg job +exp=fig3 frames=3", "frames: it is called latent_frames here"),
 ]

@@ -176,18 +176,23 @@ def as_a_terminal_starts_it() -> None:
         signal.signal(each, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("wanted", [3, 4, 5])  # the parent, multiprocessing's tracker, the ranks' server, two ranks
-def test_an_interrupt_before_anything_runs(tmp_path: Path, wanted: int) -> None:
-    """While ranks start: they import for seconds, and say nothing of the interrupt either."""
-    run = subprocess.Popen(
+def typed(folder: Path) -> subprocess.Popen[str]:
+    """A run as a terminal starts it, in a Python of its own: its imports are what is looked at."""
+    return subprocess.Popen(
         [sys.executable, str(tiny.EXPERIMENTS / "run.py"), *TINY],
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         preexec_fn=as_a_terminal_starts_it,
     )
+
+
+@pytest.mark.parametrize("wanted", [3, 4, 5])  # the parent, multiprocessing's tracker, the ranks' server, two ranks
+def test_an_interrupt_before_anything_runs(tmp_path: Path, wanted: int) -> None:
+    """While ranks start: they import for seconds, and say nothing of the interrupt either."""
+    run = typed(tmp_path)
     until_s = time.monotonic() + 60
     while len(processes(tmp_path)) < wanted:
         assert run.poll() is None
@@ -231,15 +236,7 @@ def test_the_server_that_ranks_are_forked_from_takes_the_run_down(tmp_path: Path
 
 def test_a_server_that_is_stopped_before_there_are_ranks(tmp_path: Path) -> None:
     """The run waits for its answer then, and is told no more of a signal than that it came."""
-    run = subprocess.Popen(
-        [sys.executable, str(tiny.EXPERIMENTS / "run.py"), *TINY],
-        cwd=tmp_path,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=as_a_terminal_starts_it,
-    )
+    run = typed(tmp_path)
     until_s, servers = time.monotonic() + 60, []
     while not servers:
         assert run.poll() is None

@@ -7,9 +7,9 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-from hcms_lab.ground.errors import STORAGE, UsageError, one_line, storage_line
+from hcms_lab.ground.errors import UsageError, one_line
 from hcms_lab.ground.paths import ROOT
-from hcms_lab.ground.streams import let_go, make_usable
+from hcms_lab.ground.streams import ends_where_nothing_can_be_written, make_usable
 
 # In the order in which they are listed; each is a module of `commands` (with _ for -), imported only when it is called.
 COMMANDS = {
@@ -38,21 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status. Bad input is one line and status 2."""
     make_usable()
     try:
-        status = _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-        return status
+        with ends_where_nothing_can_be_written():
+            return _run(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
         print(one_line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: stopped (SIGINT)", file=sys.stderr)
         return 130
-    except OSError as error:
-        if error.errno not in STORAGE:
-            raise
-        let_go()
-        print(f"error: {storage_line(error)}", file=sys.stderr)
-        return 1
 
 
 def _run(argv: list[str]) -> int:

@@ -59,9 +59,9 @@ def check_resume(cfg: BaseConfig) -> None:
     if count := repeated(rows):
         raise UsageError(f"{given}: {count} of its records are of a case that has one already; start a new run")
     for name, told in _told(cfg, here.slug).items() if isinstance(cfg, Config) else ():
-        others = {row.get(name) for row in rows if row.get("source") == "measured" and row.get("status") == "done"}
-        if others := others - set(told):
-            raise UsageError(f"{given}: a record there has {name} {others.pop()}, not {_listed(told)}; start a new run")
+        if others := {row.get(name) for row in rows if row.get("source") == "measured"} - set(told):
+            own = " or ".join(map(str, told))
+            raise UsageError(f"{given}: a record there has {name} {others.pop()}, not {own}; start a new run")
     my_env = facts_of(cfg)
     kept = {key: their_env.get(key) for key in _SAME}
     for name, their, mine in _differences(kept, {key: my_env.get(key) for key in _SAME}):
@@ -76,10 +76,6 @@ def _told(cfg: Config, slug: str) -> dict[str, Sequence[Any]]:
         told |= {"workload": [w.name], "heads": [w.heads], "head_dim": [w.head_dim], "batch": [w.batch]}
         told |= {"dtype": as_list(w.dtype), "seed": [cfg.bench.seed]}
     return told
-
-
-def _listed(told: Sequence[Any]) -> str:
-    return " or ".join(map(str, told))
 
 
 def facts_of(cfg: BaseConfig) -> dict[str, Any]:

@@ -104,21 +104,24 @@ def environment(path: Path | str) -> dict[str, Any]:
     if not file.is_file():
         return {}
     found = _mapping(parsed(read_bounded(file, MAX_SIDE_BYTES), str(file)), file)
-    segments = found.get("segments") or []
-    for part in [found, *(segments if isinstance(segments, list) else [segments])]:
-        for name, kind in _ENVIRONMENT.items():
-            if isinstance(part, dict) and part.get(name) is not None and not isinstance(part[name], kind):
-                raise UsageError(f"{file}: {name} is {str(part[name])[:40]!r}: mend or remove it")
-        try:
-            datetime.fromisoformat(_mapping(part, file).get("started") or "2000-01-01")
-        except ValueError as error:
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(f"{file}: started is {str(part['started'])[:40]!r}, and should be a date") from None
+    _check_facts(found, file)
+    for segment in found.get("segments") or ():
+        _check_facts(_mapping(segment, file), file)
     return found
 
 
-# What is read of it; the rest is shown as it is.
+def _check_facts(facts: dict[str, Any], file: Path) -> None:
+    for name, kind in _ENVIRONMENT.items():
+        if facts.get(name) is not None and not isinstance(facts[name], kind):
+            raise UsageError(f"{file}: {name} is {str(facts[name])[:40]!r}: mend or remove it")
+    if started := facts.get("started"):
+        try:
+            datetime.fromisoformat(started)
+        except ValueError:
+            raise UsageError(f"{file}: started is {started[:40]!r}, and should be a date") from None
+
+
+# What is read of an environment; the rest is shown as it is.
 _ENVIRONMENT: dict[str, type | tuple[type, ...]] = {
     "hardware": dict,
     "versions": dict,
@@ -166,15 +169,13 @@ def yaml_of(file: Path) -> Any:
         for token in yaml.scan(content):  # what opens thousands of brackets takes a scanner for ever
             depth += isinstance(token, _OPENS) - isinstance(token, _CLOSES)
             if depth > MOST_DEEP:
-                raise RecursionError
+                raise UsageError(f"{file} nests too deep: mend or remove it")
             # A line of aliases of aliases would be gigabytes to whoever walks through it; we write none.
             if isinstance(token, yaml.AliasToken):
                 raise UsageError(f"{file} holds YAML aliases, which no run of ours writes: not read")
         return yaml.safe_load(content)
     except UsageError:
         raise
-    except RecursionError:
-        raise UsageError(f"{file} nests too deep: mend or remove it") from None
     except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date that no calendar has
         mark = getattr(error, "problem_mark", None)
         raise UsageError(f"{file}{f':{mark.line + 1}' if mark else ''} is not YAML: mend or remove it") from None

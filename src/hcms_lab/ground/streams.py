@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedWriter, FileIO, TextIOWrapper
+
+from hcms_lab.ground.errors import STORAGE, storage_line
 
 
 class _Lasting(FileIO):
@@ -49,11 +52,20 @@ def _lasting(stream: TextIOWrapper) -> TextIOWrapper:
     )
 
 
-def let_go() -> None:
-    """After a write has failed: what can still be printed is, the rest goes nowhere."""
-    with suppress(OSError):
+@contextmanager
+def ends_where_nothing_can_be_written() -> Iterator[None]:
+    """A disk that is full, standard output's too, ends the program in one line, with status 1."""
+    try:
+        yield
         sys.stdout.flush()
-    _to_nowhere(1)
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        with suppress(OSError):  # what can still be printed is, the rest goes nowhere
+            sys.stdout.flush()
+        _to_nowhere(1)
+        print(f"error: {storage_line(error)}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _to_nowhere(fd: int) -> None:
